@@ -58,6 +58,14 @@ func getRegs(tid int, regs *unix.PtraceRegs) error {
 	return nil
 }
 
+// stands says whether a traced task is stopped where it can be given other registers,
+// and not within a call that reports an event.
+func stands(tid int) bool {
+	var info unix.Siginfo
+	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_GETSIGINFO, uintptr(tid), 0, uintptr(unsafe.Pointer(&info)), 0, 0)
+	return errno == 0 && info.Code>>8 == eventStop
+}
+
 func getSigmask(tid int) (mask uint64, err error) {
 	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_GETSIGMASK, uintptr(tid), unsafe.Sizeof(mask), uintptr(unsafe.Pointer(&mask)), 0, 0)
 	if errno != 0 {

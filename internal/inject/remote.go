@@ -167,6 +167,9 @@ func (t *tracer) seccomp(p *process, k *task, at, flags uint64) (uint64, error) 
 // begin readies a stopped task for calls that are not its own. From here until end the
 // kernel kills it if this process dies.
 func (t *tracer) begin(k *task) (suspended bool, err error) {
+	if !stands(k.tid) {
+		return false, fmt.Errorf("%w: it stands no more", ErrGone)
+	}
 	if err := getRegs(k.tid, &k.saved); err != nil {
 		return false, err
 	}

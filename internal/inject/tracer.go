@@ -33,6 +33,7 @@ type tracer struct {
 	freezers  freezers
 	stopped   time.Time // when the first task was seized
 	warned    map[int]bool
+	changes   int // of what is traced, that make another look at the scope necessary
 
 	mu   sync.Mutex
 	tids []int // of tasks that were seized; mu's, for reap
@@ -129,7 +130,7 @@ func (t *tracer) sorted() []*process {
 func (t *tracer) gather(ctx context.Context) error {
 	begun := time.Now()
 	for {
-		before := len(t.tids)
+		before := t.changes
 		t.report.Scans++
 		if err := t.seizeNew(); err != nil {
 			return err
@@ -137,7 +138,7 @@ func (t *tracer) gather(ctx context.Context) error {
 		if err := t.settle(ctx, nil); err != nil {
 			return err
 		}
-		if len(t.tids) == before {
+		if t.changes == before {
 			return nil
 		}
 		if time.Since(begun) > t.opts.Timeout {
@@ -182,7 +183,7 @@ func (t *tracer) seize(st stat, tid, try int) error {
 	if t.stopped.IsZero() {
 		t.stopped = time.Now()
 	}
-	stop := t.reapMeanwhile()
+	stop := t.reapMeanwhile(st.pid)
 	err := seizeCall(tid, t.options())
 	stop()
 	if err != nil {
@@ -214,7 +215,7 @@ func (t *tracer) seize(st stat, tid, try int) error {
 // process is in execve, that one holds the lock that PTRACE_SEIZE takes, and waits
 // until threads that it has ended, and that we trace, are reaped by us (kernel/exec,
 // de_thread and cred_guard_mutex).
-func (t *tracer) reapMeanwhile() (stop func()) {
+func (t *tracer) reapMeanwhile(pid int) (stop func()) {
 	const after = 100 * time.Millisecond
 	var timer *time.Timer
 	var mu sync.Mutex
@@ -223,7 +224,8 @@ func (t *tracer) reapMeanwhile() (stop func()) {
 		t.mu.Lock()
 		tids := slices.Clone(t.tids)
 		t.mu.Unlock()
-		for _, tid := range tids {
+		born, _ := threadsOf(pid) // traced from birth, and not known yet
+		for _, tid := range append(tids, born...) {
 			_ = unix.Waitid(unix.P_PID, tid, nil, unix.WEXITED|unix.WNOHANG|unix.WALL, nil) // those that run on are no error
 		}
 		mu.Lock()
@@ -243,6 +245,7 @@ func (t *tracer) reapMeanwhile() (stop func()) {
 func (t *tracer) add(p *process, tid int) *task {
 	k := &task{p: p, tid: tid, running: true, busy: time.Now()}
 	t.tasks[tid] = k
+	t.changes++
 	t.mu.Lock()
 	t.tids = append(t.tids, tid)
 	t.mu.Unlock()
@@ -432,6 +435,9 @@ func (t *tracer) settle(ctx context.Context, enough func() bool) error {
 				running++
 			}
 		}
+		if running == 0 && !t.allStand() {
+			continue
+		}
 		if running == 0 || enough != nil && enough() {
 			return nil
 		}
@@ -453,6 +459,12 @@ func (t *tracer) settle(ctx context.Context, enough func() bool) error {
 		examined = time.Now()
 		stuck := 0
 		for _, k := range t.tasks {
+			if k.dead {
+				// Not if that was by an execve of another thread, which has its number then.
+				if st, err := readStat(k.tid); err == nil && !st.dead() {
+					k.dead, k.running = false, true
+				}
+			}
 			if !k.running || k.dead {
 				continue
 			}
@@ -472,9 +484,13 @@ func (t *tracer) settle(ctx context.Context, enough func() bool) error {
 			case time.Since(waits[k]) > stuckIf:
 				stuck++
 			}
-			// A thread that executed a program has taken its process's number since, and
-			// the request with its own number did not reach it.
-			_, _ = ptrace(unix.PTRACE_INTERRUPT, k.tid, 0, 0)
+			// A thread that executed a program has its process's number since: the request
+			// with its own number did not reach it, or it isn't traced at all.
+			if _, err := ptrace(unix.PTRACE_INTERRUPT, k.tid, 0, 0); errors.Is(err, unix.ESRCH) {
+				t.gone(k)
+				t.changes++
+				continue
+			}
 			after := time.Since(begun)
 			if after > slowIf {
 				t.warn(k, fmt.Sprintf("takes long to stop (state %c)", st.state))
@@ -492,6 +508,18 @@ func (t *tracer) settle(ctx context.Context, enough func() bool) error {
 			return nil
 		}
 	}
+}
+
+// allStand says whether all tasks that are taken to be stopped are. One isn't that was
+// killed since, by another thread's execve for instance, which goes on with its number.
+func (t *tracer) allStand() bool {
+	all := true
+	for _, k := range t.tasks {
+		if !k.running && !k.dead && !stands(k.tid) {
+			k.running, all = true, false
+		}
+	}
+	return all
 }
 
 func pidOf(k *task) int {
@@ -806,6 +834,9 @@ func (t *tracer) load(ctx context.Context) error {
 				left = append(left, p)
 				continue
 			case errors.Is(err, ErrGone):
+				// Killed while it stood, by an execve for instance, which gives its number
+				// to the thread that made it.
+				k.running = !k.dead
 				if _, live := ready(p); live {
 					left = append(left, p)
 				}
@@ -876,6 +907,12 @@ func (t *tracer) release() {
 			}
 			if !k.running {
 				t.detach(k)
+			}
+			if k.running && time.Since(begun) > 2*tick {
+				if _, err := ptrace(unix.PTRACE_INTERRUPT, k.tid, 0, 0); errors.Is(err, unix.ESRCH) {
+					t.gone(k) // see settle
+					continue
+				}
 			}
 			// To be let go while it is about to stop would interrupt its call.
 			if k.running && time.Since(begun) > stuckIf {

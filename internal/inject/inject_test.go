@@ -1034,12 +1034,15 @@ func TestSignalsMeanwhile(t *testing.T) {
 	sent := make(chan int, 1)
 	go func() {
 		n := 0
+		// A stop comes before the next instruction, so without a pause it would run none.
+		tick := time.NewTicker(500 * time.Microsecond)
+		defer tick.Stop()
 		for {
 			select {
 			case <-stop:
 				sent <- n
 				return
-			default:
+			case <-tick.C:
 				_ = unix.Kill(x.pid, unix.SIGSTOP)
 				_ = unix.Kill(x.pid, unix.SIGCONT)
 				n++

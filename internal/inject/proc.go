@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -228,12 +229,41 @@ func (s *scope) close() {
 
 // list gives the processes that there are in the scope, without those that have
 // ended. A root that ends is nothing to complain about: its filter would, too.
-func (s *scope) list() (map[int]stat, error) {
+//
+// A process that ends while the list is made may have forked another that isn't in it:
+// the list is made again then, tries times at most. It says whether something ended at
+// the last time, too.
+func (s *scope) list(tries int) (_ map[int]stat, vanished bool, err error) {
 	out := map[int]stat{}
+	for range tries {
+		if vanished, err = s.scan(out); err != nil {
+			return nil, false, err
+		}
+		if !vanished {
+			break
+		}
+	}
+	if _, ok := out[os.Getpid()]; ok {
+		return nil, false, &TaskError{os.Getpid(), 0, fmt.Errorf("%w, and would have to stop itself: run it from elsewhere", ErrSelf)}
+	}
+	return out, vanished, nil
+}
+
+// scan adds to out, and says whether something ended meanwhile.
+func (s *scope) scan(out map[int]stat) (vanished bool, err error) {
 	add := func(st stat) {
 		if !st.dead() || hasLiveThread(st.pid) {
 			out[st.pid] = st
 		}
+	}
+	// look reads about a process, nil if it has ended.
+	look := func(pid int) (*stat, error) {
+		st, err := readStat(pid)
+		if errors.Is(err, ErrGone) {
+			vanished = true
+			return nil, nil
+		}
+		return &st, err
 	}
 	if s.Cgroup != "" {
 		err := filepath.WalkDir(s.Cgroup, func(path string, d fs.DirEntry, err error) error {
@@ -244,17 +274,22 @@ func (s *scope) list() (map[int]stat, error) {
 				return err
 			}
 			pids, err := processesIn(path)
+			if err != nil {
+				return err
+			}
 			for _, pid := range pids {
-				if st, err := readStat(pid); err == nil {
-					add(st)
-				} else if !errors.Is(err, ErrGone) {
+				st, err := look(pid)
+				if err != nil {
 					return err
 				}
+				if st != nil {
+					add(*st)
+				}
 			}
-			return err
+			return nil
 		})
 		if err != nil {
-			return nil, err
+			return false, err
 		}
 	}
 	roots := map[int]uint64{}
@@ -267,20 +302,16 @@ func (s *scope) list() (map[int]stat, error) {
 	all := map[int]stat{}
 	children := map[int][]int{}
 	if s.Tree {
-		pids, err := numbersIn("/proc")
+		err := eachProcess(func(pid int) error {
+			st, err := look(pid)
+			if err == nil && st != nil {
+				all[pid] = *st
+				children[st.parent] = append(children[st.parent], pid)
+			}
+			return err
+		})
 		if err != nil {
-			return nil, err
-		}
-		for _, pid := range pids {
-			st, err := readStat(pid)
-			if errors.Is(err, ErrGone) {
-				continue
-			}
-			if err != nil {
-				return nil, err
-			}
-			all[pid] = st
-			children[st.parent] = append(children[st.parent], pid)
+			return false, err
 		}
 	} else {
 		for pid := range roots {
@@ -288,7 +319,7 @@ func (s *scope) list() (map[int]stat, error) {
 			if err == nil {
 				all[pid] = st
 			} else if !errors.Is(err, ErrGone) {
-				return nil, err
+				return false, err
 			}
 		}
 	}
@@ -309,10 +340,33 @@ func (s *scope) list() (map[int]stat, error) {
 		add(all[pid])
 		todo = append(todo, children[pid]...)
 	}
-	if _, ok := out[os.Getpid()]; ok {
-		return nil, &TaskError{os.Getpid(), 0, fmt.Errorf("%w, and would have to stop itself: run it from elsewhere", ErrSelf)}
+	return vanished, nil
+}
+
+// eachProcess goes through /proc, which lists by number, and by it reaches what is
+// forked while it does.
+func eachProcess(f func(pid int) error) error {
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return err
 	}
-	return out, nil
+	defer dir.Close()
+	for {
+		names, err := dir.Readdirnames(64)
+		for _, name := range names {
+			if pid, err := strconv.Atoi(name); err == nil {
+				if err := f(pid); err != nil {
+					return err
+				}
+			}
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // hasLiveThread tells a process whose main thread has ended from one that has.

@@ -148,13 +148,24 @@ func (t *tracer) gather(ctx context.Context) error {
 }
 
 func (t *tracer) seizeNew() error {
-	lacking, err := t.lacking()
+	// Before any process has the filter, nothing of the scope runs once all are stopped,
+	// so that nothing ends either. What does was forked by one that isn't known, and may
+	// have forked another. In a tree it may have been anything on the host.
+	tries := triesLater
+	if !t.loaded {
+		tries = triesFirst
+	}
+	lacking, vanished, err := t.lacking(tries)
 	if err != nil {
 		return err
+	}
+	if vanished && !t.loaded && t.scope.Cgroup != "" {
+		t.changes++
 	}
 	for _, st := range lacking {
 		tids, err := threadsOf(st.pid)
 		if errors.Is(err, ErrGone) {
+			t.changes++
 			continue
 		}
 		if err != nil {
@@ -164,7 +175,16 @@ func (t *tracer) seizeNew() error {
 			if t.tasks[tid] != nil {
 				continue
 			}
-			if err := t.seize(st, tid, 1); err != nil && !errors.Is(err, ErrGone) {
+			err := t.seize(st, tid, 1)
+			if errors.Is(err, ErrGone) {
+				// It may have left a child that the list was too early for. A main thread
+				// that ended before the others is nothing new.
+				if now, err := readStat(tid); err != nil || !now.dead() {
+					t.changes++
+				}
+				continue
+			}
+			if err != nil {
 				return &TaskError{st.pid, tid, err}
 			}
 		}
@@ -217,9 +237,11 @@ func (t *tracer) seize(st stat, tid, try int) error {
 // de_thread and cred_guard_mutex).
 func (t *tracer) reapMeanwhile(pid int) (stop func()) {
 	const after = 100 * time.Millisecond
+	var mu sync.Mutex // timer's and over's
 	var timer *time.Timer
-	var mu sync.Mutex
 	over := false
+	mu.Lock()
+	defer mu.Unlock()
 	timer = time.AfterFunc(after, func() {
 		t.mu.Lock()
 		tids := slices.Clone(t.tids)
@@ -407,11 +429,13 @@ func (t *tracer) pause(ctx context.Context, most time.Duration) {
 }
 
 const (
-	spins   = 100
-	tries   = 10
-	tick    = 10 * time.Millisecond
-	stuckIf = 300 * time.Millisecond // in state D all along
-	slowIf  = 5 * time.Second
+	spins = 100
+	tries = 10
+
+	triesFirst, triesLater = 100, 3 // to list a scope while nothing in it ends
+	tick                   = 10 * time.Millisecond
+	stuckIf                = 300 * time.Millisecond // in state D all along
+	slowIf                 = 5 * time.Second
 )
 
 // settle waits until all tasks are stopped, or with enough until that is true. Tasks
@@ -943,10 +967,10 @@ func (t *tracer) release() {
 // lacking lists the processes of the scope that lack the filter. One that isn't known
 // has it if it was forked by one that has it: then each of its threads has at least as
 // many filters. One whose parent isn't known is asked for the most that any has.
-func (c *campaign) lacking() ([]stat, error) {
-	all, err := c.scope.list()
+func (c *campaign) lacking(tries int) (_ []stat, vanished bool, err error) {
+	all, vanished, err := c.scope.list(tries)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	most := 0
 	for _, n := range c.covered {
@@ -978,7 +1002,7 @@ func (c *campaign) lacking() ([]stat, error) {
 			again = true // its children may follow
 		}
 	}
-	return out, nil
+	return out, vanished, nil
 }
 
 // hasFilters says whether each live thread has that many filters at least.
@@ -1017,7 +1041,9 @@ func (c *campaign) verify() (again bool, err error) {
 			return false, &TaskError{id.pid, id.pid, fmt.Errorf("not all of its threads have %d filters, as they should", want)}
 		}
 	}
-	lacking, err := c.lacking()
+	// One that is gone before its filters were read was forked by one that has them: when
+	// these were loaded there was no other.
+	lacking, _, err := c.lacking(triesLater)
 	if err != nil || len(lacking) > 0 {
 		return err == nil, err
 	}

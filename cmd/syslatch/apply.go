@@ -57,9 +57,9 @@ refusals (pid, tid, call, why), which were overridden, or would have to be.
 
 Exit status: 0 every task has the filter (or a dry run would have given it); 1 not all
 have it, or none, or a dry run would be refused; 2 the command line is wrong.`,
-		Example: `  syslatch apply --pid 4711 --allow @file-read,@basic-io,@info
-  syslatch apply --pid 4711 --tree --profile app.json
-  syslatch apply --pid 4711 --allow read,close,openat --dry-run -o json`,
+		Example: `  syslatch apply --pid $PID --allow @file-read,@basic-io,@info
+  syslatch apply --pid $PID --tree --profile app.json
+  syslatch apply --pid $PID --allow read,close,openat --dry-run -o json`,
 		Args: cli.Args(cobra.NoArgs),
 		RunE: func(c *cobra.Command, _ []string) error {
 			allow := c.Flags().Changed("allow")

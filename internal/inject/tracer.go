@@ -432,7 +432,7 @@ const (
 	spins = 100
 	tries = 10
 
-	triesFirst, triesLater = 100, 3 // to list a scope while nothing in it ends
+	triesFirst, triesLater = 20, 3 // to list a scope while nothing in it ends
 	tick                   = 10 * time.Millisecond
 	stuckIf                = 300 * time.Millisecond // in state D all along
 	slowIf                 = 5 * time.Second

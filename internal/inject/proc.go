@@ -114,6 +114,7 @@ type status struct {
 	noNewPrivs bool
 	seccomp    int // 0 none, 1 strict, 2 filter
 	filters    int
+	caught     uint64 // signals that have a handler, bit 0 for SIGHUP
 }
 
 func readStatus(tid int) (status, error) {
@@ -141,6 +142,12 @@ func parseStatus(text string) (status, error) {
 			s.kernel = value == "1"
 		case "VmSize":
 			memory = true
+		case "SigCgt":
+			n, err := strconv.ParseUint(value, 16, 64)
+			if err != nil {
+				return status{}, fmt.Errorf("status: %s: %w", key, err)
+			}
+			s.caught = n
 		case "NoNewPrivs":
 			s.noNewPrivs = value == "1"
 		}

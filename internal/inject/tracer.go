@@ -615,14 +615,20 @@ func inCall(regs unix.PtraceRegs) (_ unix.PtraceRegs, waits, again bool) {
 	return regs, waits, again
 }
 
-// essential are the calls without which a process ends at once, or can't: by name for
-// the error.
-var essential = map[string]uint32{
-	"exit_group": unix.SYS_EXIT_GROUP, "rt_sigreturn": unix.SYS_RT_SIGRETURN,
+// essential are the calls without which a process ends at once, or can't, by name.
+func essential(info status, threads int) map[string]uint32 {
+	calls := map[string]uint32{"exit_group": unix.SYS_EXIT_GROUP}
+	if threads > 1 {
+		calls["exit"], calls["futex"] = unix.SYS_EXIT, unix.SYS_FUTEX
+	}
+	// A libc with threads has handlers for its first two real-time signals, which it
+	// hardly ever sends.
+	const internal = 1<<(32-1) | 1<<(33-1)
+	if info.caught&^internal != 0 {
+		calls["rt_sigreturn"] = unix.SYS_RT_SIGRETURN
+	}
+	return calls
 }
-
-// essentialForThreads are those of a process with more than one thread.
-var essentialForThreads = map[string]uint32{"exit": unix.SYS_EXIT, "futex": unix.SYS_FUTEX}
 
 // check looks at all tasks before any of them is given the filter.
 func (t *tracer) check() error {
@@ -710,10 +716,7 @@ func (t *tracer) checkProcess(p *process) (refusals []Refusal, err error) {
 	if err := t.examine(p, first); err != nil {
 		return nil, err
 	}
-	calls := maps.Clone(essential)
-	if threads > 1 {
-		maps.Copy(calls, essentialForThreads)
-	}
+	calls := essential(p.info, threads)
 	for _, name := range slices.Sorted(maps.Keys(calls)) {
 		verdicts, err := t.filter.Answers(specs.ArchX86_64, calls[name])
 		if err != nil {

@@ -154,9 +154,14 @@ func TestExamplesOfHelp(t *testing.T) {
 	for _, line := range all {
 		t.Run(line, func(t *testing.T) {
 			reader := waiting(t)
+			scratch, err := os.MkdirTemp("", "syslatch-help-") // t.TempDir has the name's commas
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(scratch)
 			cmd := exec.Command("bash", "-o", "pipefail", "-c", "mount -t bpf bpf /sys/fs/bpf && "+node+nodeStore+line)
 			cmd.Dir = dir
-			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SCRATCH="+t.TempDir(), fmt.Sprint("PID=", reader))
+			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SCRATCH="+scratch, fmt.Sprint("PID=", reader))
 			cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 			out, err := cmd.CombinedOutput()
 			if err != nil && !(refused.MatchString(line) && slices.Contains([]int{1, 125}, cmd.ProcessState.ExitCode())) {

@@ -85,7 +85,10 @@ static long long ms(void) {
 	return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
+static void nothing(int sig) { (void)sig; }
+
 static void block(const char *kind) {
+	signal(SIGUSR2, nothing);
 	int p[2], q[2], lst = -1, sem = -1;
 	struct sockaddr_un at = {.sun_family = AF_UNIX};
 	socklen_t len = sizeof at;

@@ -240,28 +240,36 @@ func (s *scope) close() {
 // A process that ends while the list is made may have forked another that isn't in it:
 // the list is made again then, tries times at most. It says whether something ended at
 // the last time, too.
-func (s *scope) list(tries int) (_ map[int]stat, vanished bool, err error) {
+//
+// Each process is handed to found, if that isn't nil, as soon as it is known to be in
+// the scope: one that forks and ends all the time is gone when the list is made.
+func (s *scope) list(tries int, found func(stat) error) (_ map[int]stat, vanished bool, err error) {
 	out := map[int]stat{}
 	for range tries {
-		if vanished, err = s.scan(out); err != nil {
+		if vanished, err = s.scan(out, found); err != nil {
 			return nil, false, err
 		}
 		if !vanished {
 			break
 		}
 	}
-	if _, ok := out[os.Getpid()]; ok {
-		return nil, false, &TaskError{os.Getpid(), 0, fmt.Errorf("%w, and would have to stop itself: run it from elsewhere", ErrSelf)}
-	}
 	return out, vanished, nil
 }
 
 // scan adds to out, and says whether something ended meanwhile.
-func (s *scope) scan(out map[int]stat) (vanished bool, err error) {
-	add := func(st stat) {
-		if !st.dead() || hasLiveThread(st.pid) {
-			out[st.pid] = st
+func (s *scope) scan(out map[int]stat, found func(stat) error) (vanished bool, err error) {
+	add := func(st stat) error {
+		if st.pid == os.Getpid() {
+			return &TaskError{st.pid, 0, fmt.Errorf("%w, and would have to stop itself: run it from elsewhere", ErrSelf)}
 		}
+		if st.dead() && !hasLiveThread(st.pid) {
+			return nil
+		}
+		out[st.pid] = st
+		if found != nil {
+			return found(st)
+		}
+		return nil
 	}
 	// look reads about a process, nil if it has ended.
 	look := func(pid int) (*stat, error) {
@@ -290,7 +298,9 @@ func (s *scope) scan(out map[int]stat) (vanished bool, err error) {
 					return err
 				}
 				if st != nil {
-					add(*st)
+					if err := add(*st); err != nil {
+						return err
+					}
 				}
 			}
 			return nil
@@ -308,14 +318,20 @@ func (s *scope) scan(out map[int]stat) (vanished bool, err error) {
 	}
 	all := map[int]stat{}
 	children := map[int][]int{}
+	added := map[int]bool{}
 	if s.Tree {
 		err := eachProcess(func(pid int) error {
 			st, err := look(pid)
-			if err == nil && st != nil {
-				all[pid] = *st
-				children[st.parent] = append(children[st.parent], pid)
+			if err != nil || st == nil {
+				return err
 			}
-			return err
+			all[pid] = *st
+			children[st.parent] = append(children[st.parent], pid)
+			if start, ok := roots[pid]; ok && start == st.start || added[st.parent] {
+				added[pid] = true
+				return add(*st)
+			}
+			return nil
 		})
 		if err != nil {
 			return false, err
@@ -344,7 +360,11 @@ func (s *scope) scan(out map[int]stat) (vanished bool, err error) {
 			continue
 		}
 		seen[pid] = true
-		add(all[pid])
+		if !added[pid] {
+			if err := add(all[pid]); err != nil {
+				return false, err
+			}
+		}
 		todo = append(todo, children[pid]...)
 	}
 	return vanished, nil

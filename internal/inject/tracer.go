@@ -155,7 +155,11 @@ func (t *tracer) seizeNew() error {
 	if !t.loaded {
 		tries = triesFirst
 	}
-	lacking, vanished, err := t.lacking(tries)
+	var found func(stat) error
+	if !t.loaded {
+		found = t.seizeProcess
+	}
+	lacking, vanished, err := t.lacking(tries, found)
 	if err != nil {
 		return err
 	}
@@ -163,30 +167,37 @@ func (t *tracer) seizeNew() error {
 		t.changes++
 	}
 	for _, st := range lacking {
-		tids, err := threadsOf(st.pid)
+		if err := t.seizeProcess(st); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *tracer) seizeProcess(st stat) error {
+	tids, err := threadsOf(st.pid)
+	if errors.Is(err, ErrGone) {
+		t.changes++
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, tid := range tids {
+		if t.tasks[tid] != nil {
+			continue
+		}
+		err := t.seize(st, tid, 1)
 		if errors.Is(err, ErrGone) {
-			t.changes++
+			// It may have left a child that the list was too early for. A main thread
+			// that ended before the others is nothing new.
+			if now, err := readStat(tid); err != nil || !now.dead() {
+				t.changes++
+			}
 			continue
 		}
 		if err != nil {
-			return err
-		}
-		for _, tid := range tids {
-			if t.tasks[tid] != nil {
-				continue
-			}
-			err := t.seize(st, tid, 1)
-			if errors.Is(err, ErrGone) {
-				// It may have left a child that the list was too early for. A main thread
-				// that ended before the others is nothing new.
-				if now, err := readStat(tid); err != nil || !now.dead() {
-					t.changes++
-				}
-				continue
-			}
-			if err != nil {
-				return &TaskError{st.pid, tid, err}
-			}
+			return &TaskError{st.pid, tid, err}
 		}
 	}
 	return nil
@@ -970,8 +981,8 @@ func (t *tracer) release() {
 // lacking lists the processes of the scope that lack the filter. One that isn't known
 // has it if it was forked by one that has it: then each of its threads has at least as
 // many filters. One whose parent isn't known is asked for the most that any has.
-func (c *campaign) lacking(tries int) (_ []stat, vanished bool, err error) {
-	all, vanished, err := c.scope.list(tries)
+func (c *campaign) lacking(tries int, found func(stat) error) (_ []stat, vanished bool, err error) {
+	all, vanished, err := c.scope.list(tries, found)
 	if err != nil {
 		return nil, false, err
 	}
@@ -1046,7 +1057,7 @@ func (c *campaign) verify() (again bool, err error) {
 	}
 	// One that is gone before its filters were read was forked by one that has them: when
 	// these were loaded there was no other.
-	lacking, _, err := c.lacking(triesLater)
+	lacking, _, err := c.lacking(triesLater, nil)
 	if err != nil || len(lacking) > 0 {
 		return err == nil, err
 	}

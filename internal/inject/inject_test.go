@@ -754,6 +754,11 @@ func into(t *testing.T, g *cgroup.Group) func(*exec.Cmd) {
 
 func TestStorm(t *testing.T) {
 	needRoot(t)
+	if slowMachine() {
+		// Emulated processors take turns, and a process that forks and ends within one
+		// turn is not caught: Filter gives up, with nothing loaded.
+		t.Skip("emulated processors: processes live for less than a turn")
+	}
 	for name, scope := range map[string]func(*target, *cgroup.Group) Scope{
 		"tree":   func(x *target, _ *cgroup.Group) Scope { return Scope{PIDs: []int{x.pid}, Tree: true} },
 		"cgroup": func(_ *target, g *cgroup.Group) Scope { return Scope{Cgroup: g.Path()} },

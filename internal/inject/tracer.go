@@ -142,9 +142,13 @@ func (t *tracer) gather(ctx context.Context) error {
 			return nil
 		}
 		if time.Since(begun) > t.opts.Timeout {
-			return fmt.Errorf("new processes keep coming for %v (limit them with pids.max, or give their cgroup)", t.opts.Timeout)
+			return t.comeOn()
 		}
 	}
+}
+
+func (t *tracer) comeOn() error {
+	return fmt.Errorf("new processes keep coming for %v: limit them with pids.max", t.opts.Timeout)
 }
 
 func (t *tracer) seizeNew() error {
@@ -175,6 +179,9 @@ func (t *tracer) seizeNew() error {
 }
 
 func (t *tracer) seizeProcess(st stat) error {
+	if !t.stopped.IsZero() && time.Since(t.stopped) > 2*t.opts.Timeout {
+		return t.comeOn()
+	}
 	tids, err := threadsOf(st.pid)
 	if errors.Is(err, ErrGone) {
 		t.changes++

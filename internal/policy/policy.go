@@ -208,8 +208,18 @@ type Policy struct {
 // Phases are what a container may do for stretches of its life, in the file's order.
 type Phases struct {
 	Initial string
+	Gaps    Gaps
 	Phases  []Phase
 }
+
+// Gaps says what becomes of a container whose phases can't be enforced as they are
+// written, on the host where it starts.
+type Gaps string
+
+const (
+	GapsDeny   Gaps = "deny"   // it doesn't start
+	GapsReport Gaps = "report" // it runs, and what isn't enforced is named
+)
 
 // Phase is one of them.
 type Phase struct {
@@ -248,6 +258,12 @@ type Limits struct {
 	Unified     map[string]string `json:"unified,omitempty"`     // cgroup v2 file -> what is written
 	OOMScoreAdj *int              `json:"oomScoreAdj,omitempty"` // -1000 to 1000
 	Rlimits     []Rlimit          `json:"rlimits,omitempty"`
+}
+
+// None says whether no limit is set.
+func (l *Limits) None() bool {
+	return l.Memory == (Memory{}) && l.CPU == (CPU{}) && l.Pids == nil && l.IO.Weight == 0 && len(l.IO.Max) == 0 &&
+		len(l.Unified) == 0 && l.OOMScoreAdj == nil && len(l.Rlimits) == 0
 }
 
 // Unlimited is the value of a limit that the file gives as "max".

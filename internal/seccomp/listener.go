@@ -57,6 +57,9 @@ type Notification struct {
 	Number uint32
 	Args   [6]uint64
 	IP     uint64 // of the instruction that called
+	// Accepted, if decide sets it, is called when the answer has reached the call,
+	// which a signal may have taken back meanwhile.
+	Accepted func()
 }
 
 var (
@@ -212,10 +215,13 @@ func (l *Listener) DenyOrphans(next uint64) (denied int, err error) {
 			if !valid {
 				continue
 			}
-			if err := send(fd, notifResp{id: id, errno: -int32(unix.EPERM)}); err != nil {
+			accepted, err := send(fd, notifResp{id: id, errno: -int32(unix.EPERM)})
+			if err != nil {
 				return err
 			}
-			denied++
+			if accepted {
+				denied++
+			}
 		}
 		return nil
 	})
@@ -321,7 +327,8 @@ func one(fd int, decide func(*Notification) (bool, uint)) (err error) {
 			if value := recover(); value != nil {
 				err = &PanicError{value, debug.Stack()}
 			}
-			err = errors.Join(err, send(fd, answer))
+			_, failed := send(fd, answer)
+			err = errors.Join(err, failed)
 		}
 	}()
 	n := Notification{ID: in.id, PID: int(in.pid), Args: in.data.args, IP: in.data.ip}
@@ -336,7 +343,11 @@ func one(fd int, decide func(*Notification) (bool, uint)) (err error) {
 		}
 	}
 	decided = true
-	return send(fd, answer)
+	accepted, err := send(fd, answer)
+	if accepted && n.Accepted != nil {
+		n.Accepted()
+	}
+	return err
 }
 
 // entry is the ABI of a call, and its number under that.
@@ -352,21 +363,25 @@ func entry(arch, nr uint32) (profiles.ABI, uint32, bool) {
 	return "", 0, false
 }
 
-// send answers. That a call doesn't wait any more is no error.
-func send(fd int, r notifResp) error {
+// send answers. That a call doesn't wait any more is no error; then the answer was not
+// accepted.
+func send(fd int, r notifResp) (accepted bool, err error) {
 	for {
 		// It blocks no longer than a mutex is held.
 		switch errno := ioctl(fd, unix.SECCOMP_IOCTL_NOTIF_SEND, uintptr(unsafe.Pointer(&r))); errno {
-		case 0, unix.ENOENT, unix.EINPROGRESS: // done; taken back; answered by somebody else
-			return nil
+		case 0:
+			return true, nil
+		case unix.ENOENT, unix.EINPROGRESS: // taken back; answered by somebody else
+			return false, nil
 		case unix.EINTR:
 		default:
 			err := fmt.Errorf("ioctl(SECCOMP_IOCTL_NOTIF_SEND): %w", errno)
 			if r.flags == 0 {
-				return err
+				return false, err
 			}
 			// Before Linux 5.5 there is no CONTINUE; the call must not wait for ever.
-			return errors.Join(err, send(fd, notifResp{id: r.id, errno: -int32(unix.EPERM)}))
+			_, failed := send(fd, notifResp{id: r.id, errno: -int32(unix.EPERM)})
+			return false, errors.Join(err, failed)
 		}
 	}
 }

@@ -114,7 +114,7 @@ var (
 	logFormats = []string{"text", "json"}
 )
 
-func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known} }
+func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known, Phases: true} }
 
 func loadPolicy(path string) (*policy.File, error) {
 	p, err := policy.Load(path, policyOptions())

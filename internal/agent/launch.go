@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"syscall"
@@ -29,7 +30,10 @@ const (
 type launchOrder struct {
 	Filter     seccomp.Filter `json:"filter"`
 	NoNewPrivs bool           `json:"noNewPrivs"`
-	Listener   bool           `json:"listener"`
+	// Listener: the filter asks, and WaitKillable: a call that it was asked about is
+	// taken back by SIGKILL alone.
+	Listener     bool `json:"listener"`
+	WaitKillable bool `json:"waitKillable"`
 }
 
 // launchError travels from the launched process to its parent.
@@ -139,7 +143,13 @@ func Launched(path string, argv []string) error {
 	opts := seccomp.ExecOptions{NoNewPrivs: order.NoNewPrivs}
 	if order.Listener {
 		syscall.CloseOnExec(launchListenerFD)
-		opts.Listener = os.NewFile(launchListenerFD, "listener's socket")
+		socket := os.NewFile(launchListenerFD, "listener's socket")
+		conn, err := net.FileConn(socket)
+		if err != nil {
+			return fail("the listener's socket", err)
+		}
+		socket.Close()
+		opts.Handover = &seccomp.Handover{Conn: conn.(*net.UnixConn), WaitKillable: order.WaitKillable}
 	}
 	return fail("execute "+path, seccomp.LoadAndExec(order.Filter, opts, path, argv, os.Environ()))
 }

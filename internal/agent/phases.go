@@ -42,13 +42,13 @@ type RunPhasesOptions struct {
 	Messages   io.Writer
 }
 
-// RunHost is what phases can be enforced with by RunPhases.
-func RunHost() (profiles.PhaseHost, error) {
+// phaseHost is what phases can be enforced with.
+func phaseHost() (profiles.PhaseHost, *seccomp.Support, error) {
 	support, err := seccomp.Info()
 	if err != nil {
-		return profiles.PhaseHost{}, err
+		return profiles.PhaseHost{}, nil, err
 	}
-	return profiles.PhaseHost{Notify: support.Notify != nil && slices.Contains(support.Actions, specs.ActNotify)}, nil
+	return profiles.PhaseHost{Notify: support.Notify != nil && slices.Contains(support.Actions, specs.ActNotify)}, &support, nil
 }
 
 // GapsError refuses phases that can't be enforced as they are written.
@@ -78,7 +78,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	host, err := RunHost()
+	host, support, err := phaseHost()
 	if err != nil {
 		return 0, err
 	}
@@ -118,19 +118,15 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Wait(context.Background())
 		_ = group.Remove()
 	}()
+	freezer, err := cgroup.NewFreezer(group.Path())
+	if err != nil {
+		return 0, err
+	}
 	supervisor := phase.NewSupervisor(phase.Options{Log: opts.Log, Events: events.add})
 	defer supervisor.Close()
 	instance := phase.Instance{
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
-		Barrier: cgroup.NewFreezer(group.Path()),
-		Uncovered: func(name string) (out []string) {
-			for _, g := range gaps {
-				if slices.Contains(g.Phases, name) {
-					out = append(out, g.What+" ("+g.Why+")")
-				}
-			}
-			return out
-		},
+		Barrier: freezer, Uncovered: uncovered(gaps),
 	}
 	if instance.ID == "" {
 		instance.ID = fmt.Sprintf("run-%d", os.Getpid())
@@ -148,7 +144,8 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		defer func() { err = errors.Join(err, server.Close()) }()
 	}
 
-	var ours, theirs *os.File
+	var ours *net.UnixConn
+	var theirs *os.File
 	if plan.Listener {
 		if ours, theirs, err = socketpair(); err != nil {
 			return 0, err
@@ -166,7 +163,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	received := make(chan error, 1)
 	go func() { received <- takeListener(ours, supervised) }()
 	failed := child.proceed(launchOrder{
-		Filter: filter, NoNewPrivs: opts.NoNewPrivs || effective&(1<<unix.CAP_SYS_ADMIN) == 0, Listener: plan.Listener,
+		Filter: filter, NoNewPrivs: opts.NoNewPrivs || effective&(1<<unix.CAP_SYS_ADMIN) == 0, Listener: plan.Listener, WaitKillable: slices.Contains(support.Flags, "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"),
 	})
 	if ours != nil {
 		// The launched process is the command now, or has ended: nothing more comes.
@@ -197,18 +194,13 @@ func limitGaps(ps *policy.Phases) (gaps []profiles.PhaseGap) {
 }
 
 // takeListener hands the listener that the launched process sends to the supervisor.
-func takeListener(socket *os.File, to *phase.Supervised) error {
-	if socket == nil {
+func takeListener(conn *net.UnixConn, to *phase.Supervised) error {
+	if conn == nil {
 		return nil
 	}
-	conn, err := net.FileConn(socket)
+	_, f, err := seccomp.ReceiveListener(conn)
 	if err != nil {
 		return err
-	}
-	defer conn.Close()
-	f, err := seccomp.ReceiveFile(conn.(*net.UnixConn))
-	if err != nil {
-		return fmt.Errorf("receive the filter's listener: %w", err)
 	}
 	l, err := seccomp.NewListener(f)
 	if err != nil {
@@ -218,12 +210,20 @@ func takeListener(socket *os.File, to *phase.Supervised) error {
 	return nil
 }
 
-func socketpair() (a, b *os.File, err error) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+// socketpair is one end for this process, and one for a child.
+func socketpair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("socketpair: %w", err)
 	}
-	return os.NewFile(uintptr(fds[0]), "listener's socket"), os.NewFile(uintptr(fds[1]), "listener's socket"), nil
+	ours, theirs := os.NewFile(uintptr(fds[0]), "listener's socket"), os.NewFile(uintptr(fds[1]), "listener's socket")
+	conn, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		theirs.Close()
+		return nil, nil, fmt.Errorf("socketpair: %w", err)
+	}
+	return conn.(*net.UnixConn), theirs, nil
 }
 
 // events writes phase events as JSON lines.

@@ -38,6 +38,9 @@ type Instance struct {
 	Set     *profiles.PhaseSet
 	Plan    *profiles.PhasePlan
 	Initial string // phase to begin in; empty is Set's
+	// Generation of that, 0 for 1: an instance that an earlier process supervised goes
+	// on.
+	Generation uint64
 
 	Barrier Barrier
 	// Hooks tells the kernel's programs a phase.
@@ -105,7 +108,7 @@ func (sv *Supervised) begin() error {
 	sv.mu.Lock()
 	sv.status = Status{
 		ID: sv.in.ID, Name: sv.in.Name, Workload: sv.in.Workload, Policy: sv.in.Policy,
-		Phase: to, Generation: 1, Since: time.Now().UTC(),
+		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(),
 	}
 	sv.whole = true
 	sv.mu.Unlock()
@@ -275,8 +278,13 @@ func (sv *Supervised) enforce(ctx context.Context, to string) error {
 // Serve answers what a chain of the instance's filters asks about, in the background
 // and until its last task is gone. The listener is closed then. The chain is at its
 // start: what a runtime calls is allowed until its first execve.
-func (sv *Supervised) Serve(l Listener) {
-	c := &chain{sv: sv, starting: true}
+func (sv *Supervised) Serve(l Listener) { sv.serve(l, true) }
+
+// Resume is Serve for a chain that is past its start.
+func (sv *Supervised) Resume(l Listener) { sv.serve(l, false) }
+
+func (sv *Supervised) serve(l Listener, starting bool) {
+	c := &chain{sv: sv, starting: starting}
 	sv.serving.Go(func() {
 		err := l.Serve(sv.ctx, c.decide)
 		if cerr := l.Close(); err == nil {

@@ -100,6 +100,15 @@ func (s *Supervisor) Get(id string) (Status, error) {
 	return sv.Status(), nil
 }
 
+// Serve is [Supervised.Serve] for the instance with an id, or [ErrUnknown].
+func (s *Supervisor) Serve(id string, l Listener) error {
+	sv, err := s.find(id)
+	if err == nil {
+		sv.Serve(l)
+	}
+	return err
+}
+
 func (s *Supervisor) find(id string) (*Supervised, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -175,7 +175,7 @@ func (f *fixture) to(t *testing.T, phase string, o SetOptions) (Status, error) {
 func TestSwitch(t *testing.T) {
 	f := newFixture(t)
 	l := newFakeListener()
-	f.Serve(l)
+	f.Supervised.Serve(l)
 	const write = unix.O_WRONLY
 	if !l.ask(t, "execve", false) {
 		t.Fatal("execve at the start was denied")
@@ -224,7 +224,7 @@ func TestSwitch(t *testing.T) {
 func TestStart(t *testing.T) {
 	f := newFixture(t)
 	l := newFakeListener()
-	f.Serve(l)
+	f.Supervised.Serve(l)
 	if !l.ask(t, "setuid", false) {
 		t.Error("setuid at the start was denied")
 	}
@@ -235,7 +235,7 @@ func TestStart(t *testing.T) {
 		t.Error("the start goes on behind the execve")
 	}
 	exec := newFakeListener() // a second chain, of an exec
-	f.Serve(exec)
+	f.Supervised.Serve(exec)
 	if !exec.ask(t, "setuid", false) || l.ask(t, "setuid", false) {
 		t.Error("each chain has a start of its own")
 	}
@@ -360,7 +360,7 @@ func TestOneAtATime(t *testing.T) {
 func TestListenerLost(t *testing.T) {
 	f := newFixture(t)
 	l := newFakeListener()
-	f.Serve(l)
+	f.Supervised.Serve(l)
 	l.fail <- errors.New("gone")
 	<-l.closed
 	f.serving.Wait()
@@ -375,7 +375,7 @@ func TestListenerLost(t *testing.T) {
 		t.Errorf("events: %v", got)
 	}
 	over := newFakeListener()
-	f.Serve(over)
+	f.Supervised.Serve(over)
 	over.fail <- nil // the last task of the chain is gone
 	<-over.closed
 }
@@ -383,7 +383,7 @@ func TestListenerLost(t *testing.T) {
 func TestDenialsAreAggregated(t *testing.T) {
 	f := newFixture(t)
 	l := newFakeListener()
-	f.Serve(l)
+	f.Supervised.Serve(l)
 	for range 100 {
 		l.ask(t, "mkdir", false)
 	}

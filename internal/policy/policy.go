@@ -64,6 +64,7 @@ const (
 const (
 	AnnotationMode     = "mode.syslatch.dev"
 	AnnotationWorkload = "workload.syslatch.dev"
+	AnnotationPhase    = "phase.syslatch.dev" // to begin in
 )
 
 // plainKeys are further forms of a bare KEY, of the least precedence: what one
@@ -71,6 +72,7 @@ const (
 var plainKeys = map[string]string{
 	AnnotationMode:     "syslatch.dev/mode",
 	AnnotationWorkload: "syslatch.dev/workload",
+	AnnotationPhase:    "syslatch.dev/phase",
 }
 
 // AnnotationTrace is that of oci-seccomp-bpf-hook, which syslatch-hook serves
@@ -132,6 +134,7 @@ type AnnotationField string
 const (
 	FieldMode     AnnotationField = "mode"
 	FieldWorkload AnnotationField = "workload"
+	FieldPhase    AnnotationField = "phase"
 )
 
 // File is a configuration file. Its paths are absolute and clean.
@@ -377,6 +380,9 @@ type Decision struct {
 	Activate        Activate        `json:"activate,omitempty"`
 	Failure         Failure         `json:"failure"`
 	AllowLosses     bool            `json:"allowLosses,omitempty"`
+	// Phases are in force in mode enforce, from Phase on; nil if there are none.
+	Phases *Phases `json:"phases,omitempty"`
+	Phase  string  `json:"phase,omitempty"`
 	// Reasons are sentences for the log: which policy matched, which
 	// annotation was used or ignored, and why.
 	Reasons []string `json:"reasons,omitempty"`

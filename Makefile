@@ -21,7 +21,7 @@ export SYSLATCH_CACHE := $(CACHE)
 export SYSLATCH_TOOLS := $(TOOLS)
 
 BUILD_PACKAGES := gcc libc6-dev libseccomp-dev pkg-config
-TEST_PACKAGES := runc crun busybox-static strace perl mmdebstrap systemd jq podman dbus
+TEST_PACKAGES := runc crun busybox-static strace perl mmdebstrap systemd jq podman dbus curl python3 nodejs
 VM_PACKAGES := qemu-system-x86 qemu-system-common xz-utils kmod
 GENERATE_PACKAGES := clang llvm libbpf-dev clang-format
 

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -13,7 +14,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/syslatch/syslatch/internal/agent"
+	"github.com/syslatch/syslatch/internal/api"
 	"github.com/syslatch/syslatch/internal/cli"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
@@ -128,9 +131,15 @@ func (f *runFlags) run(c *cobra.Command, args []string) error {
 	}
 	log := logrus.New()
 	log.SetOutput(os.Stderr)
-	status, err := agent.RunPhases(agent.RunPhasesOptions{
+	opts := agent.RunPhasesOptions{
 		Command: args, Policy: p, Phase: f.phase, Gaps: gaps, ID: f.id, Events: f.events,
 		NoNewPrivs: f.noNewPrivs, Log: logrus.NewEntry(log), Messages: c.ErrOrStderr(),
-	})
+	}
+	if f.socket != "" {
+		opts.Serve = func(s *phase.Supervisor) (io.Closer, error) {
+			return (&api.Server{Phases: s, Events: s, Log: opts.Log}).Start(f.socket)
+		}
+	}
+	status, err := agent.RunPhases(opts)
 	return commandExit(status, err)
 }

@@ -2,6 +2,93 @@
 
 package seccomp
 
+/*
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { NO_LISTENER = 1, FIRST_LISTENER = 2 };
+
+struct handover {
+	int socket;
+	char *text;
+	size_t left;
+	// 0 until it is known, NO_LISTENER if there will be none, or the descriptor +
+	// FIRST_LISTENER. Go's side stores it: an aligned word, after which a system
+	// call follows.
+	volatile unsigned int listener;
+	volatile int failed; // errno, set before the execve fails
+};
+
+static void end_handover(struct handover *h)
+{
+	close(h->socket);
+	free(h->text);
+	free(h);
+}
+
+// It waits for the listener, sends it and closes this process's descriptor: when the
+// supervisor's is closed too, or was never received, the execve fails (ENOSYS) in
+// place of waiting for ever.
+static void *hand_over(void *arg)
+{
+	struct handover *h = arg;
+	const struct timespec pause = { .tv_nsec = 50 * 1000 };
+	while (!h->listener)
+		nanosleep(&pause, NULL);
+	if (h->listener == NO_LISTENER) {
+		end_handover(h);
+		return NULL;
+	}
+	int fd = h->listener - FIRST_LISTENER;
+	union {
+		struct cmsghdr header;
+		char space[CMSG_SPACE(sizeof(int))];
+	} rights = { .header = { .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof(int)) } };
+	memcpy(CMSG_DATA(&rights.header), &fd, sizeof(fd));
+	struct iovec text = { h->text, h->left };
+	struct msghdr msg = { .msg_iov = &text, .msg_iovlen = 1, .msg_control = &rights, .msg_controllen = sizeof(rights) };
+	while (text.iov_len) {
+		ssize_t n = sendmsg(h->socket, &msg, MSG_NOSIGNAL);
+		if (n >= 0) {
+			// A part may have fit; the descriptor goes with the first.
+			text.iov_base = (char *)text.iov_base + n;
+			text.iov_len -= n;
+			msg.msg_control = NULL;
+			msg.msg_controllen = 0;
+		} else if (errno == EAGAIN) { // Go's sockets don't block
+			nanosleep(&pause, NULL);
+		} else if (errno != EINTR) {
+			h->failed = errno;
+			break;
+		}
+	}
+	close(h->socket);
+	close(fd);
+	return NULL; // h stays: the other thread may read it still, and can't wait
+}
+
+// The thread has no signals, so that they find the others.
+static int start_handover(struct handover *h)
+{
+	sigset_t all, before;
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	pthread_t thread;
+	int err = pthread_create(&thread, NULL, hand_over, h);
+	if (!err)
+		pthread_detach(thread);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return err;
+}
+*/
+import "C"
+
 import (
 	"bytes"
 	"encoding/json"
@@ -10,10 +97,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
-	"sync/atomic"
-	"syscall"
-	"unsafe"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -143,27 +226,21 @@ type Handover struct {
 	WaitKillable bool
 }
 
-// handover is what the sending thread works with. It makes no call of Go's runtime
-// from start on, so all that is prepared.
+// handover is the thread that sends. It is C's: one of Go's would have to run beside
+// the one that loads the filter, at a time when neither can be stopped for a garbage
+// collection or be given back to the scheduler.
 type handover struct {
-	flags  uintptr // of seccomp(2)
-	socket int
-	text   []byte
-	rights []byte // a control message whose descriptor is left open
-	iov    unix.Iovec
-	msg    unix.Msghdr
-
-	running  atomic.Bool
-	listener atomic.Uint32 // 0 until it is known, noListener, or the descriptor + firstListener
-	failed   atomic.Uint32 // the errno
+	flags uintptr // of seccomp(2)
+	c     *C.struct_handover
 }
 
 const (
-	noListener    = 1
-	firstListener = 2
+	noListener    = C.NO_LISTENER
+	firstListener = C.FIRST_LISTENER
 )
 
-func (o *Handover) prepare(f Filter) (*handover, error) {
+// start is called before the filter is loaded.
+func (o *Handover) start(f Filter) (*handover, error) {
 	// A filter that lets the execve pass would leave nobody to send the listener.
 	data := seccompData{nr: unix.SYS_EXECVE, arch: unix.AUDIT_ARCH_X86_64}
 	if action, err := run(f, &data); err != nil || action&unix.SECCOMP_RET_ACTION_FULL != unix.SECCOMP_RET_USER_NOTIF {
@@ -174,83 +251,30 @@ func (o *Handover) prepare(f Filter) (*handover, error) {
 	if state.Pid == 0 {
 		state.Pid = os.Getpid()
 	}
-	h := &handover{flags: unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, socket: -1}
-	if o.WaitKillable {
-		h.flags |= unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-	}
-	var err error
-	if h.text, err = json.Marshal(state); err != nil {
+	text, err := json.Marshal(state)
+	if err != nil {
 		return nil, err
 	}
-	if len(h.text) > maxState {
+	if len(text) > maxState {
 		return nil, fmt.Errorf("the state is longer than %d bytes", maxState)
 	}
 	conn, err := o.Conn.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	var dupErr error
-	if err := conn.Control(func(fd uintptr) { h.socket, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil || dupErr != nil {
+	h := &handover{flags: unix.SECCOMP_FILTER_FLAG_NEW_LISTENER}
+	if o.WaitKillable {
+		h.flags |= unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+	}
+	socket, dupErr := -1, error(nil)
+	if err := conn.Control(func(fd uintptr) { socket, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil || dupErr != nil {
 		return nil, errors.Join(err, dupErr)
 	}
-	h.rights = unix.UnixRights(-1)
-	h.iov.Base = &h.text[0]
-	h.iov.SetLen(len(h.text))
-	h.msg.Iov, h.msg.Control = &h.iov, &h.rights[0]
-	h.msg.SetIovlen(1)
-	h.msg.SetControllen(len(h.rights))
+	h.c = (*C.struct_handover)(C.calloc(1, C.sizeof_struct_handover)) // never nil, as of C.malloc
+	h.c.socket, h.c.text, h.c.left = C.int(socket), (*C.char)(C.CBytes(text)), C.size_t(len(text))
+	if errno := C.start_handover(h.c); errno != 0 {
+		C.end_handover(h.c)
+		return nil, fmt.Errorf("start a thread: %w", unix.Errno(errno))
+	}
 	return h, nil
-}
-
-func (h *handover) close() { unix.Close(h.socket) }
-
-// start returns when the sending thread runs. Signals have been reset by then, so
-// that nothing can preempt it: neither it nor the thread that loads the filter is
-// left to Go's scheduler, which might want the one to start the other.
-func (h *handover) start() {
-	go func() {
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		h.send()
-	}()
-	for !h.running.Load() {
-		runtime.Gosched()
-	}
-}
-
-// send waits for the listener, sends it and closes this process's descriptor: when
-// the supervisor's is closed too, or was never received, the execve fails (ENOSYS) in
-// place of waiting for ever.
-//
-//go:nosplit
-//go:norace
-func (h *handover) send() {
-	h.running.Store(true)
-	pause := unix.Timespec{Nsec: 50_000}
-	for h.listener.Load() == 0 {
-		syscall.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&pause)), 0, 0)
-	}
-	if h.listener.Load() == noListener {
-		return
-	}
-	listener := h.listener.Load() - firstListener
-	*(*uint32)(unsafe.Pointer(&h.rights[unix.SizeofCmsghdr])) = listener
-	for left := uintptr(len(h.text)); left > 0; {
-		n, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, uintptr(h.socket), uintptr(unsafe.Pointer(&h.msg)), unix.MSG_NOSIGNAL)
-		switch errno {
-		case 0:
-			// A part may have fit; the descriptor goes with the first.
-			left -= n
-			h.iov.Base = (*byte)(unsafe.Add(unsafe.Pointer(h.iov.Base), n))
-			h.iov.Len = uint64(left)
-			h.msg.Control, h.msg.Controllen = nil, 0
-		case unix.EAGAIN: // Go's sockets don't block
-			syscall.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&pause)), 0, 0)
-		case unix.EINTR:
-		default:
-			h.failed.Store(uint32(errno))
-			left = 0
-		}
-	}
-	syscall.RawSyscall(unix.SYS_CLOSE, uintptr(listener), 0, 0)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
-	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -57,17 +56,6 @@ func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) er
 		messages = failureMessages(path, opts.Handover != nil)
 	}
 
-	var h *handover
-	if opts.Handover != nil {
-		if h, err = opts.Handover.prepare(f); err != nil {
-			return fmt.Errorf("handover: %w", err)
-		}
-		defer h.close()
-		if runtime.GOMAXPROCS(0) < 2 { // two threads run Go code at once
-			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2))
-		}
-	}
-
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	restoreNofile()
@@ -78,27 +66,30 @@ func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) er
 			return fmt.Errorf("prctl(PR_SET_NO_NEW_PRIVS): %w", err)
 		}
 	}
+	var flags uintptr
+	var h *handover
+	var listener *uint32
+	if opts.Handover != nil {
+		if h, err = opts.Handover.start(f); err != nil {
+			return fmt.Errorf("handover: %w", err)
+		}
+		flags, listener = h.flags, (*uint32)(&h.c.listener)
+	}
 	var handlers [lastSignal + 1]kernelSigaction
 	resetSignals(&handlers)
-	var flags uintptr
-	var listener *atomic.Uint32
-	if h != nil {
-		h.start()
-		flags, listener = h.flags, &h.listener
-	}
 	loaded, errno := loadAndExec(&prog, flags, listener, pathp, &argvp[0], &envp[0], messages, uintptr(opts.ExitOnFailure))
 	runtime.KeepAlive(f)
 	runtime.KeepAlive(argvp)
 	runtime.KeepAlive(envp)
 	if !loaded {
 		if h != nil {
-			h.listener.Store(noListener)
+			*listener = noListener
 		}
 		restoreSignals(&handlers)
 		return loadError(errno, flags)
 	}
-	if h != nil && h.failed.Load() != 0 {
-		return fmt.Errorf("%w: the listener could not be sent to the supervisor: %w", &ExecError{path, errno}, unix.Errno(h.failed.Load()))
+	if h != nil && h.c.failed != 0 {
+		return fmt.Errorf("%w: the listener could not be sent to the supervisor: %w", &ExecError{path, errno}, unix.Errno(h.c.failed))
 	}
 	return &ExecError{Path: path, Err: errno}
 }
@@ -144,13 +135,14 @@ func sigaction(signal int, set, old *kernelSigaction) {
 const maxMessages = 256
 
 //go:nosplit
-func loadAndExec(prog *unix.SockFprog, flags uintptr, listener *atomic.Uint32, path *byte, argv, env **byte, messages *[maxMessages][]byte, status uintptr) (loaded bool, _ syscall.Errno) {
+//go:norace
+func loadAndExec(prog *unix.SockFprog, flags uintptr, listener *uint32, path *byte, argv, env **byte, messages *[maxMessages][]byte, status uintptr) (loaded bool, _ syscall.Errno) {
 	fd, _, errno := syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(prog)))
 	if errno != 0 {
 		return false, errno
 	}
 	if listener != nil {
-		listener.Store(uint32(fd) + firstListener)
+		*listener = uint32(fd) + firstListener
 	}
 	_, _, errno = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(argv)), uintptr(unsafe.Pointer(env)))
 	if messages == nil {

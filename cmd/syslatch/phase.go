@@ -401,8 +401,8 @@ func watch(ctx context.Context, client *api.Client, id string, w io.Writer, outp
 		}
 	}
 	if id != "" {
-		if s, err := client.Get(ctx, id); errors.Is(err, phase.ErrEnded) || err == nil && s.State == phase.Ended {
-			return nil
+		if s, err := client.Get(ctx, id); errors.Is(err, phase.ErrEnded) || errors.Is(err, phase.ErrUnknown) || err == nil && s.State == phase.Ended {
+			return nil // it was known: it is gone
 		}
 	}
 	return errors.New("the stream has ended: its supervisor has stopped")

@@ -24,6 +24,7 @@ import (
 
 	"github.com/syslatch/syslatch/hook"
 	"github.com/syslatch/syslatch/internal/agent"
+	phaseapi "github.com/syslatch/syslatch/internal/api"
 	"github.com/syslatch/syslatch/internal/cli"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -114,7 +115,7 @@ var (
 	logFormats = []string{"text", "json"}
 )
 
-func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known} }
+func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known, Phases: true} }
 
 func loadPolicy(path string) (*policy.File, error) {
 	p, err := policy.Load(path, policyOptions())
@@ -160,6 +161,11 @@ func serve(ctx context.Context, o options) error {
 		return err
 	}
 	defer stop()
+	stopAPI, err := serveAPI(p, a, log)
+	if err != nil {
+		return err
+	}
+	defer stopAPI()
 	log.WithFields(logrus.Fields{"version": cli.Version().String(), "config": o.config, "policies": len(p.Policies)}).Info("started")
 	socket := o.nriSocket
 	if socket == "" {
@@ -207,6 +213,21 @@ func serveRootless(ctx context.Context, p *policy.File, a *agent.Agent, log *log
 	}, nil
 }
 
+// serveAPI serves the API that switches phases, where the policy file has phases.
+func serveAPI(p *policy.File, a *agent.Agent, log *logrus.Entry) (stop func(), err error) {
+	s := a.Phases()
+	if s == nil {
+		return func() {}, nil
+	}
+	socket := filepath.Join(p.StateDir, "api.sock")
+	server, err := (&phaseapi.Server{Phases: s, Events: s, Log: log}).Start(socket)
+	if err != nil {
+		return nil, err
+	}
+	log.WithField("socket", socket).Info("serving phases")
+	return func() { _ = server.Close() }, nil
+}
+
 // reconnect runs connect again whenever it ends, until ctx does: the runtime may
 // be restarted, or not be up yet.
 func reconnect(ctx context.Context, log *logrus.Entry, connect func() error) error {
@@ -251,7 +272,12 @@ func servePrelaunched(ctx context.Context, o options, log *logrus.Entry) error {
 			if err != nil {
 				return nil, errors.Join(err, a.Close())
 			}
-			made.Store(&served{a, stop})
+			stopAPI, err := serveAPI(p, a, log)
+			if err != nil {
+				stop()
+				return nil, errors.Join(err, a.Close())
+			}
+			made.Store(&served{a, func() { stopAPI(); stop() }})
 			return a, nil
 		},
 	})

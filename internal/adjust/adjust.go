@@ -101,6 +101,9 @@ type Input struct {
 	// Version is the workload's active version, nil if there is none.
 	Version *profiles.Version
 	Runtime Runtime
+	// Phases is the filter of the decision's phases, nil if it has none: then no
+	// version is injected.
+	Phases *specs.LinuxSeccomp
 }
 
 // Plan is what to do with one container. It shares no memory with its Input.

@@ -122,6 +122,7 @@ type Agent struct {
 	collected   chan struct{} // closed when nobody reads first-seen events any more
 	closers     []io.Closer   // in the order in which they were opened
 	hooks       *Hooks        // what hooks of the same stateDir left; nil in their own agent
+	phases      *phasing      // nil if the policy file has none
 	// drain, if not nil, fetches an instance's first-seen events, of which there
 	// are as many as it is told: nobody collects them.
 	drain func(in *instance, want int)
@@ -182,6 +183,12 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 	if a.hooks, err = a.adoptHooks(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	if hasPhases(p) {
+		if a.phases, err = newPhasing(a, kernelHost{hierarchy}); err != nil {
+			return nil, errors.Join(err, a.Close())
+		}
+		closers = append(closers, a.phases)
+	}
 	if err := a.begin(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -223,6 +230,9 @@ func (a *Agent) begin() error {
 		a.spawn("read first-seen events", a.collect)
 	}
 	a.spawn("look after instances", a.sweep)
+	if a.phases != nil {
+		a.spawn("accept listeners", a.phases.accept)
+	}
 	a.collectHooks()
 	return nil
 }

@@ -149,6 +149,9 @@ func (a *Agent) finish(in *instance) error {
 			return err
 		}
 	}
+	if in.Phases != nil && a.phases != nil {
+		a.phases.supervisor.End(in.Container.ID)
+	}
 	if err := a.release(in); err != nil {
 		return fmt.Errorf("release recording: %w", err)
 	}

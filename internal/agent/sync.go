@@ -60,6 +60,7 @@ func (a *Agent) pickUp() error {
 	a.mu.Unlock()
 	for _, in := range known {
 		a.instanceLog(in).Info("instance picked up")
+		a.pickUpPhases(in)
 	}
 	for _, s := range strange {
 		a.log.WithFields(logrus.Fields{"cgroup_id": s.RootCgroup, "slot": s.Handle, "bpffs": a.policy.BPFFS}).

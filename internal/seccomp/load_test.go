@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -97,13 +98,23 @@ func helper(mode string, args []string) error {
 		return binary.Write(os.Stdout, binary.NativeEndian, append(before, <-answer...))
 	case "exec":
 		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: 126}, args[0], args, []string{"GREETING=hello"})
+	case "handover": // exec, with the listener sent over descriptor 3
+		conn, err := inherited(3)
+		if err != nil {
+			return err
+		}
+		h := &Handover{Conn: conn, State: specs.ContainerProcessState{Metadata: os.Getenv("METADATA"), State: specs.State{ID: "a run"}}}
+		h.WaitKillable = os.Getenv("WAIT_KILLABLE") != ""
+		h.State.Metadata += strings.Repeat("x", sizeOf(os.Getenv("LONG")))
+		status, _ := strconv.Atoi(os.Getenv("STATUS"))
+		if os.Getenv("STORM") != "" {
+			runtime.LockOSThread()
+			storm()
+		}
+		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: status, Handover: h}, args[0], args, nil)
 	case "storm": // exec, while another thread sends signals to this one
 		runtime.LockOSThread()
-		pid, tid := os.Getpid(), unix.Gettid()
-		go func() {
-			for unix.Tgkill(pid, tid, unix.SIGURG) == nil { // until the execve ends this thread
-			}
-		}()
+		storm()
 		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: 126}, args[0], args, nil)
 	case "refused":
 		// Without CAP_SYS_ADMIN the kernel wants no_new_privs.
@@ -124,6 +135,15 @@ func helper(mode string, args []string) error {
 		return nil
 	}
 	return fmt.Errorf("no helper %q", mode)
+}
+
+// storm sends signals to the calling thread, until the execve ends the sender.
+func storm() {
+	pid, tid := os.Getpid(), unix.Gettid()
+	go func() {
+		for unix.Tgkill(pid, tid, unix.SIGURG) == nil {
+		}
+	}()
 }
 
 // runHelper runs this binary under a filter.

@@ -71,7 +71,7 @@ func phaseError(err error) error {
 	case err == nil || errors.As(err, &exit):
 		return err
 	case errors.Is(err, api.ErrNobody):
-		return fmt.Errorf("%w (start what is to be switched with 'syslatch run --policy FILE --phase PHASE --api-socket PATH -- COMMAND', and name PATH by --socket or $%s; in this version syslatchd serves no phases)", err, socketVariable)
+		return fmt.Errorf("%w (start syslatchd with a policy that has phases, or one command with 'syslatch run --policy FILE --api-socket PATH -- COMMAND', and name PATH by --socket or $%s)", err, socketVariable)
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("%w (the API is root's: use sudo)", err)
 	case errors.As(err, &incomplete):
@@ -401,8 +401,8 @@ func watch(ctx context.Context, client *api.Client, id string, w io.Writer, outp
 		}
 	}
 	if id != "" {
-		if s, err := client.Get(ctx, id); errors.Is(err, phase.ErrEnded) || err == nil && s.State == phase.Ended {
-			return nil
+		if s, err := client.Get(ctx, id); errors.Is(err, phase.ErrEnded) || errors.Is(err, phase.ErrUnknown) || err == nil && s.State == phase.Ended {
+			return nil // it was known: it is gone
 		}
 	}
 	return errors.New("the stream has ended: its supervisor has stopped")

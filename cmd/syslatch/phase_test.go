@@ -108,7 +108,7 @@ func TestPhase(t *testing.T) {
 		{"generation 0", []string{"set", "x", "y", "--generation", "0"}, 2, nil, "generations count from 1"},
 		{"output", []string{"list", "-o", "yaml"}, 2, nil, "want text or json"},
 		{"nobody", []string{"list", "--socket", socket + ".not"}, 1, nil, "nobody listens there"},
-		{"what then", []string{"list", "--socket", socket + ".not"}, 1, nil, "syslatch run --policy FILE --phase PHASE --api-socket PATH"},
+		{"what then", []string{"list", "--socket", socket + ".not"}, 1, nil, "syslatch run --policy FILE --api-socket PATH"},
 	} {
 		r := syslatch(t, append([]string{"phase"}, tc.args...)...)
 		if r.code != tc.code || !strings.Contains(r.stderr, tc.stderr) || (r.stderr == "") != (tc.code == 0) || tc.stdout == nil && r.stdout != "" {

@@ -36,8 +36,9 @@ function ask(method, path, body, headers = {}) {
 async function main(instance, phase) {
   const path = `/v1/instances/${encodeURIComponent(instance)}/phase`;
   let { status, etag, answer } = await ask('GET', path);
-  if (status === 200 && answer.phase !== phase) {
-    // If-Match: only if nobody has switched since we looked.
+  if (status === 200) {
+    // If-Match: only if nobody has switched since we looked. Where the phase holds
+    // already this changes nothing.
     ({ status, answer } = await ask('PUT', path, { phase, timeout: '5s' }, { 'If-Match': etag }));
   }
   if (status === 200) {

@@ -43,8 +43,9 @@ def ask(method, path, body=None, headers=None):
 def main(instance, phase):
     path = f"/v1/instances/{quote(instance, safe='')}/phase"
     status, generation, answer = ask("GET", path)
-    if status == 200 and answer["phase"] != phase:
-        # If-Match: only if nobody has switched since we looked.
+    if status == 200:
+        # If-Match: only if nobody has switched since we looked. Where the phase holds
+        # already this changes nothing.
         status, _, answer = ask("PUT", path, {"phase": phase, "timeout": "5s"}, {"If-Match": generation})
     if status == 200:
         print(f"{answer['phase']}: {answer['state']}, generation {answer['generation']}")

@@ -53,7 +53,8 @@ type Phases interface {
 	List() []phase.Status
 	// Get wants an instance's whole ID.
 	Get(id string) (phase.Status, error)
-	// Set returns when the phase holds, or ctx has ended. An error other than
+	// Set returns when the phase holds, or ctx has ended. Where it holds already nothing
+	// changes; a switch to it that wasn't finished is tried again. An error other than
 	// *phase.IncompleteError means that nothing has changed.
 	Set(ctx context.Context, id, to string, o phase.SetOptions) (phase.Status, error)
 }

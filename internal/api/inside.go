@@ -16,6 +16,9 @@ import (
 // is in the container may ask, no instance can be named, and [Phases] is told that the
 // wish is phase.Inside's, which may only tighten.
 //
+// The socket's directory is mounted into the container, read-only: the socket itself
+// would be that of a server that has ended, once the next one has made its own.
+//
 // A phase may deny connect(2): a workload that is to tighten itself out of such a phase
 // connects before and keeps the connection. So idle connections are kept.
 type Inside struct {

@@ -73,7 +73,7 @@ var titles = map[string]string{
 	TypeIncomplete: "The phase is in force for new calls, and does not hold for every task yet",
 	TypeTimeout:    "Time ran out before anything was changed",
 	TypeBusy:       "Too much at once",
-	TypeInternal:   "The switch failed, and nothing was changed",
+	TypeInternal:   "The server failed",
 }
 
 func newProblem(status int, kind, detail string) *Problem {

@@ -126,7 +126,7 @@ func (h *handler) answer(ctx context.Context, c *call) (err error) {
 		c.id = id
 		return do(ctx, c)
 	}
-	return newProblem(http.StatusNotFound, TypeNoResource, "there is nothing at this path (GET /v1/openapi.yaml tells what there is)")
+	return newProblem(http.StatusNotFound, TypeNoResource, "there is nothing at this path (openapi.yaml describes what there is)")
 }
 
 func allowed(r route) string {

@@ -111,7 +111,7 @@ func TestServer(t *testing.T) {
 
 		{"nobody", put, "/v1/instances/dead/phase", `{"phase":"network"}`, nil, 404, `problems/no-such-instance`, ""},
 		{"unknown phase", put, web, `{"phase":"netwrok"}`, nil, 409, `"from":"read_only","to":"netwrok","why":"unknown phase","allowed":["write_logs","network","locked"]`, ""},
-		{"same phase", put, web, `{"phase":"read_only"}`, nil, 409, `problems/transition-refused`, ""},
+		{"same phase", put, web, `{"phase":"read_only"}`, nil, 200, `"generation":1`, `"1"`},
 		{"generation", put, web, `{"phase":"network","generation":7}`, nil, 412, `"generation":1,"wanted":7`, `"1"`},
 		{"If-Match", put, web, `{"phase":"network"}`, []string{"If-Match", `"7"`}, 412, `"generation":1,"wanted":7`, `"1"`},
 		{"out of time", put, web, `{"phase":"slow"}`, nil, 504, `"current":{"id":"4f2a91","name":"web","workload":"docker.io/library/node/web","policy":"agent","phase":"slow","generation":9,"since":"2026-11-26T12:00:00Z","state":"degraded","next":["write_logs","network","locked"],"uncovered":["task 12 may not be judged again yet"],"denied":0},"cause":"context deadline exceeded"`, `"9"`},
@@ -145,6 +145,12 @@ func TestServer(t *testing.T) {
 	}
 	if !strings.Contains(r.log.String(), "at the disco") || !strings.Contains(r.log.String(), "map: EIO") {
 		t.Errorf("log: %s", r.log)
+	}
+	if got := r.do("PUT", "/v1/instances/4f77/phase", `{"phase":"locked"}`); got.StatusCode != 200 {
+		t.Errorf("%s %s", got.Status, got.body)
+	}
+	if got := r.do("PUT", "/v1/instances/4f77/phase", `{"phase":"network"}`); got.StatusCode != 409 || !strings.Contains(got.body, `"why":"the policy doesn't lead there","allowed":[]`) {
+		t.Errorf("%s %s", got.Status, got.body)
 	}
 	s.End("c0ffee")
 	if got := r.do("PUT", "/v1/instances/c0ffee/phase", `{"phase":"network"}`); got.StatusCode != 410 || !strings.Contains(got.body, "problems/instance-ended") {

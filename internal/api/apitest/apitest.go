@@ -13,7 +13,8 @@ import (
 	"github.com/syslatch/syslatch/internal/phase"
 )
 
-// Phases are those of every instance; any of them may follow any other.
+// Phases are those of every instance. Any of them may follow any other, but for the
+// last, which none follows.
 var Phases = []string{"read_only", "write_logs", "network", "locked"}
 
 // Time is when everything here happens.
@@ -27,6 +28,9 @@ func Instance(id, name string) phase.Status {
 }
 
 func next(from string) []string {
+	if from == Phases[len(Phases)-1] {
+		return []string{}
+	}
 	return slices.DeleteFunc(slices.Clone(Phases), func(p string) bool { return p == from })
 }
 
@@ -100,10 +104,12 @@ func (s *Supervisor) Set(ctx context.Context, id, to string, o phase.SetOptions)
 		return phase.Status{}, err
 	case one.State == phase.Ended:
 		return phase.Status{}, phase.ErrEnded
-	case o.Generation != 0 && o.Generation != one.Generation:
-		return phase.Status{}, &phase.GenerationError{Want: o.Generation, Is: one.Generation}
 	case !slices.Contains(Phases, to):
 		return phase.Status{}, &phase.TransitionError{From: one.Phase, To: to, Why: "unknown phase", Allowed: one.Next}
+	case o.Generation != 0 && o.Generation != one.Generation:
+		return phase.Status{}, &phase.GenerationError{Want: o.Generation, Is: one.Generation}
+	case one.Phase == to && one.State == phase.Holds:
+		return *one, nil
 	case !slices.Contains(one.Next, to):
 		return phase.Status{}, &phase.TransitionError{From: one.Phase, To: to, Why: "the policy doesn't lead there", Allowed: one.Next}
 	}

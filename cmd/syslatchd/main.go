@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -26,6 +27,7 @@ import (
 	"github.com/syslatch/syslatch/internal/agent"
 	phaseapi "github.com/syslatch/syslatch/internal/api"
 	"github.com/syslatch/syslatch/internal/cli"
+	"github.com/syslatch/syslatch/internal/holder"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/plugin"
@@ -94,6 +96,7 @@ Exit status: 0 stopped by a signal, or the configuration is good (--check-config
 			return serve(c.Context(), o)
 		},
 	})
+	c.AddCommand(newHolderCommand())
 	f := c.Flags()
 	f.StringVarP(&o.config, "config", "c", defaultConfig, "policy `file`")
 	f.BoolVar(&o.check, "check-config", false, "check the policy file and exit")
@@ -108,6 +111,16 @@ Exit status: 0 stopped by a signal, or the configuration is good (--check-config
 		cli.Must(c.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)))
 	}
 	return c
+}
+
+// holderCommand is the hidden subcommand that keeps listeners while no syslatchd runs.
+const holderCommand = "internal-holder"
+
+func newHolderCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: holderCommand + " STATEDIR", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(*cobra.Command, []string) error { return holder.Serve() },
+	}
 }
 
 var (
@@ -322,7 +335,12 @@ func prelaunchedAgent(o options, config string, log *logrus.Entry) (*agent.Agent
 }
 
 func newAgent(p *policy.File, log *logrus.Entry) (*agent.Agent, error) {
-	return agent.New(p, agent.Options{Log: log, Check: seccomp.Check})
+	return agent.New(p, agent.Options{Log: log, Check: seccomp.Check, Holder: func() *exec.Cmd {
+		// Its argument is for people, who see it in ps.
+		cmd := exec.Command("/proc/self/exe", holderCommand, p.StateDir)
+		cmd.Args[0] = "syslatchd"
+		return cmd
+	}})
 }
 
 func closeAgent(a *agent.Agent, log *logrus.Entry) {

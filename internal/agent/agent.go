@@ -60,6 +60,7 @@ import (
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/holder"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/store"
 	"github.com/syslatch/syslatch/profiles"
@@ -105,6 +106,9 @@ type Options struct {
 	Log *logrus.Entry
 	// Check compiles a profile, to refuse it before a runtime does.
 	Check func(*specs.LinuxSeccomp) error
+	// Holder starts a process that keeps the listeners of containers with phases
+	// while no syslatchd runs; nil if there is to be none.
+	Holder holder.Start
 }
 
 // Agent is one node's agent. Its methods may be called concurrently.
@@ -183,8 +187,8 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 	if a.hooks, err = a.adoptHooks(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
-	if hasPhases(p) {
-		if a.phases, err = newPhasing(a, kernelHost{hierarchy}); err != nil {
+	if hasPhases(p) || j.hasPhases() {
+		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts.Holder); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
 		closers = append(closers, a.phases)

@@ -150,7 +150,7 @@ func (a *Agent) finish(in *instance) error {
 		}
 	}
 	if in.Phases != nil && a.phases != nil {
-		a.phases.supervisor.End(in.Container.ID)
+		a.phases.end(in.Container.ID)
 	}
 	if err := a.release(in); err != nil {
 		return fmt.Errorf("release recording: %w", err)

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -138,6 +139,15 @@ func (j *journal) savePhase(id string, now phaseNow) error {
 		return fmt.Errorf("journal: %w", err)
 	}
 	return j.replace(j.path(id, phaseSuffix), data)
+}
+
+// hasPhases says whether any instance has phases.
+func (j *journal) hasPhases() bool {
+	ids, _ := j.ids()
+	return slices.ContainsFunc(ids, func(id string) bool {
+		in, err := j.instance(id)
+		return err == nil && in.Phases != nil // what can't be read is reported by load
+	})
 }
 
 // phase is what savePhase kept; of an instance that was never switched it is zero.

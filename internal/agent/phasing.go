@@ -17,6 +17,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/holder"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -34,6 +35,12 @@ type phasing struct {
 	newer      []string
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
+
+	startHolder holder.Start // nil: there is to be none
+	mu          sync.Mutex
+	holder      *holder.Client                          // guarded by mu; nil while there is none
+	kept        map[string]map[string]*seccomp.Listener // guarded by mu: by container and the holder's name
+	chains      uint64                                  // guarded by mu: names given
 }
 
 // listenerSocket is where runtimes send listeners.
@@ -47,14 +54,15 @@ func hasPhases(p *policy.File) bool {
 // newPhasing looks at the host, and listens.
 //
 // The socket's directory is root's alone, so whoever connects is a runtime, or root.
-func newPhasing(a *Agent, kernel kernelHost) (*phasing, error) {
+func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, error) {
 	host, _, err := phaseHost()
 	if err != nil {
 		return nil, err
 	}
 	p := &phasing{
 		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
-		supervisor: phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
+		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
+		startHolder: start, kept: map[string]map[string]*seccomp.Listener{},
 	}
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -71,10 +79,17 @@ func newPhasing(a *Agent, kernel kernelHost) (*phasing, error) {
 
 // Close ends the supervision of all instances.
 func (p *phasing) Close() error {
-	if err := p.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-		return errors.Join(err, p.supervisor.Close())
+	err := p.listener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		err = nil
 	}
-	return p.supervisor.Close()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.holder != nil {
+		err = errors.Join(err, p.holder.Close())
+		p.holder = nil
+	}
+	return errors.Join(err, p.supervisor.Close())
 }
 
 // Phases switches the phases of this agent's instances; nil if the policy file has
@@ -172,21 +187,20 @@ func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.Ph
 }
 
 // supervise adds an instance to the supervisor, where an earlier process left it.
-func (p *phasing) supervise(in *instance, now phaseNow) error {
+func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
 	set, plan, err := phasesOf(&in.Decision, in.Phases)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	in.limits.restore(now.Original)
 	c := &in.Container
-	_, err = p.supervisor.Add(phase.Instance{
+	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
 		Barrier:   &in.barrier,
 		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
 		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
 	})
-	return err
 }
 
 // uncovered names the gaps of a phase.
@@ -288,22 +302,24 @@ func (p *phasing) take(conn *net.UnixConn) error {
 		return err
 	}
 	// Of an exec, too: the runtime gives the container's id.
-	if err := p.supervisor.Serve(state.State.ID, l); err != nil {
+	id := state.State.ID
+	if _, err := p.supervisor.Get(id); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	p.keep(id, l)
+	if err := p.supervisor.Serve(id, l); err != nil {
 		return errors.Join(err, l.Close())
 	}
 	return nil
 }
 
-// pickUpPhases goes on with the phases of an instance that an earlier process left.
-func (a *Agent) pickUpPhases(in *instance) {
-	if in.Phases == nil || a.hasEnded(in) {
+// pickUpPhases goes on with the phases of an instance that an earlier process left,
+// and of which the holder kept listeners.
+func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
+	if in.Phases == nil || a.hasEnded(in) || a.phases == nil {
 		return
 	}
 	log := a.instanceLog(in)
-	if a.phases == nil {
-		log.Error("the container has phases, and the policy file has none any more: what its filter asks about is denied, until it is created anew")
-		return
-	}
 	now, err := a.journal.phase(in.Container.ID)
 	if err != nil {
 		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
@@ -311,11 +327,26 @@ func (a *Agent) pickUpPhases(in *instance) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
-	err = a.phases.supervise(in, now)
+	sv, err := a.phases.supervise(in, now)
 	if err == nil && in.Container.PID > 0 {
 		err = a.phases.attached(in, in.Container.PID)
 	}
 	if err != nil {
 		log.WithError(err).Error("phases not picked up: what the container's filter asks about is denied")
+		return
 	}
+	if n := a.phases.resume(in, sv, held); n == 0 && in.Ran && sv.Asks() {
+		sv.Lose(errors.New("syslatchd was restarted, and what held the container's listeners had ended, too (create the container anew)"))
+		return
+	}
+	a.spawn("judge calls again", func() {
+		ctx, cancel := context.WithTimeout(a.stopped, rejudgeTime)
+		defer cancel()
+		if err := sv.Rejudge(ctx); err != nil {
+			log.WithError(err).Error("calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+		}
+	})
 }
+
+// rejudgeTime bounds the barrier at a start.
+const rejudgeTime = 30 * time.Second

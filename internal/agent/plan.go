@@ -63,7 +63,7 @@ func (a *Agent) plan(ctx context.Context, c policy.Container, d policy.Decision,
 		return nil, err
 	}
 	if in.Phases != nil {
-		if err := a.phases.supervise(in, phaseNow{Phase: d.Phase}); err != nil {
+		if _, err := a.phases.supervise(in, phaseNow{Phase: d.Phase}); err != nil {
 			a.change(func() { a.end(in) })
 			return nil, err
 		}

@@ -275,6 +275,33 @@ func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	return errors.Join(errs...)
 }
 
+// Asks says whether the instance's filter asks about anything.
+func (sv *Supervised) Asks() bool { return sv.in.Plan.Listener }
+
+// Lose says that a part of what the instance's filter asks about is not answered any
+// more, and why.
+func (sv *Supervised) Lose(why error) {
+	sv.mu.Lock()
+	sv.broken[atListener] = why.Error()
+	phase := sv.status.Phase
+	sv.mu.Unlock()
+	sv.log.WithError(why).WithField("phase", phase).Error("the listener of an instance is lost: what its filter asks about is denied (ENOSYS)")
+	sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + why.Error()})
+}
+
+// Rejudge makes the phase hold for every task once more, as a switch does: for an
+// instance that an earlier process supervised. Calls that it received and did not
+// answer are made again, and asked about again.
+func (sv *Supervised) Rejudge(ctx context.Context) error {
+	select {
+	case sv.turn <- struct{}{}:
+		defer func() { <-sv.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return sv.enforce(ctx, sv.Status().Phase)
+}
+
 // Serve answers what a chain of the instance's filters asks about, in the background
 // and until its last task is gone. The listener is closed then. The chain is at its
 // start: what a runtime calls is allowed until its first execve.
@@ -293,20 +320,19 @@ func (sv *Supervised) serve(l Listener, starting bool) {
 		if err == nil || sv.ctx.Err() != nil && isOver(err) {
 			return
 		}
-		sv.mu.Lock()
-		sv.broken[atListener] = err.Error()
-		phase := sv.status.Phase
-		sv.mu.Unlock()
-		sv.log.WithError(err).WithField("phase", phase).Error("the listener of an instance is lost: what its filter asks about is denied (ENOSYS)")
-		sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + err.Error()})
+		sv.Lose(err)
 	})
 }
 
-// end lets go of the listeners.
-func (sv *Supervised) end() {
+// stop lets go of the listeners.
+func (sv *Supervised) stop() {
 	sv.cancel()
 	sv.serving.Wait()
 	sv.denials.flush()
+}
+
+func (sv *Supervised) end() {
+	sv.stop()
 	sv.mu.Lock()
 	sv.status.State = Ended
 	sv.mu.Unlock()

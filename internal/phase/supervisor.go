@@ -185,14 +185,15 @@ func (s *Supervisor) emit(e Event) {
 	}
 }
 
-// Close ends the supervision of all instances: what they ask about afterwards is
-// answered ENOSYS by the kernel, and denied thereby.
+// Close stops to serve. The instances go on: what they ask about waits for the next
+// supervisor, or is answered ENOSYS by the kernel if nobody else has their listeners.
 func (s *Supervisor) Close() error {
 	s.mu.Lock()
-	all := slices.Collect(maps.Keys(s.instances))
+	all := slices.Collect(maps.Values(s.instances))
+	clear(s.instances)
 	s.mu.Unlock()
-	for _, id := range all {
-		s.End(id)
+	for _, sv := range all {
+		sv.stop()
 	}
 	return nil
 }

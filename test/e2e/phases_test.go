@@ -8,9 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -212,4 +215,89 @@ func TestPhaseAtCreate(t *testing.T) {
 	if msg := createError(t, e, harness.PodOptions{}, sh(script)); !strings.Contains(msg, "can't be enforced on this host") || !strings.Contains(msg, "stay writable") {
 		t.Errorf("with gaps: %s", msg)
 	}
+}
+
+// TestPhasesOutliveTheDaemon: a syslatchd that is killed costs a container with phases
+// time, and nothing else, as long as the holder of its listener lives; without that,
+// what differs between phases is denied.
+func TestPhasesOutliveTheDaemon(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(agentPolicy)
+	// Every round asks the supervisor once, and ends with a line.
+	const script = `i=0; while :; do i=$((i+1)); if mkdir /tmp/$i 2>&-; then echo $i made; else echo $i denied; fi; done`
+	c := mustCreate(t, e, harness.PodOptions{Annotations: map[string]string{"phase.syslatch.dev/pod": "write_logs"}}, sh(script))
+	if err := c.Start(e.ctx); err != nil {
+		t.Fatal(err)
+	}
+	lines := func() int { return strings.Count(c.Log(), "\n") }
+	goesOn := func(with string) {
+		t.Helper()
+		from := lines()
+		if err := c.WaitLog(e.ctx, func(log string) bool {
+			all := strings.Split(strings.TrimSpace(log), "\n")
+			return len(all) > from+5 && strings.HasSuffix(all[len(all)-1], with)
+		}); err != nil {
+			t.Fatalf("doesn't go on, %s: %v\n%.300s", with, err, c.Log())
+		}
+	}
+	goesOn("made")
+	for _, name := range []string{"write_logs", "read_only"} {
+		e.setPhase(c.ID, name)
+		want := map[string]string{"write_logs": "made", "read_only": "denied"}[name]
+		goesOn(want)
+		d.kill(syscall.SIGKILL)
+		waits := pidOf(t, e, c)
+		d = e.start(agentPolicy)
+		goesOn(want)
+		if st := e.phaseStatus(c.ID); st.Phase != name || st.State != phase.Holds {
+			t.Errorf("after a kill: %+v", st)
+		}
+		if pid := pidOf(t, e, c); pid != waits {
+			t.Errorf("pid was %d, is %d", waits, pid)
+		}
+	}
+	// Nothing was answered twice, and nothing denied that the phase allows.
+	made := false
+	for i, line := range strings.Split(strings.TrimSpace(c.Log()), "\n") {
+		word, ok := strings.CutPrefix(line, fmt.Sprintf("%d ", i+1))
+		switch {
+		case !ok, word == "made" && made, word != "made" && word != "denied":
+			t.Fatalf("line %d is %q", i+1, line)
+		case word == "denied":
+			made = true // not again
+		}
+	}
+
+	holder := e.holder()
+	d.kill(syscall.SIGKILL)
+	if err := syscall.Kill(holder, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	goesOn("denied") // by the kernel
+	e.start(agentPolicy)
+	if st := e.phaseStatus(c.ID); st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "ENOSYS") {
+		t.Errorf("without a holder: %+v", st)
+	}
+	goesOn("denied")
+}
+
+// holder is the process that keeps this environment's listeners.
+func (e *env) holder() int {
+	e.t.Helper()
+	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	want := "syslatchd\x00internal-holder\x00" + filepath.Join(e.dir, "state") + "\x00"
+	for _, path := range found {
+		if data, err := os.ReadFile(path); err == nil && string(data) == want {
+			pid, err := strconv.Atoi(strings.Split(path, "/")[2])
+			if err != nil {
+				e.t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	e.t.Fatal("no holder")
+	return 0
 }

@@ -63,7 +63,6 @@ func TestPhase(t *testing.T) {
 	t.Setenv("TZ", "UTC")
 	s := supervised()
 	socket := filepath.Join(t.TempDir(), "s")
-	serveAPI(t, socket, s)
 	t.Setenv(socketVariable, socket)
 	s.OnSet = func(_ context.Context, a apitest.Asked) error {
 		status, _ := s.Get(a.ID)
@@ -73,6 +72,7 @@ func TestPhase(t *testing.T) {
 		}
 		return nil
 	}
+	serveAPI(t, socket, s)
 	for _, tc := range []struct {
 		name   string
 		args   []string

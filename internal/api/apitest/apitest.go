@@ -42,7 +42,8 @@ type Asked struct {
 
 // Supervisor implements api.Phases and api.Watcher.
 type Supervisor struct {
-	// OnSet, if not nil, is called by Set before anything else; its error is Set's.
+	// OnSet, if not nil, is called by Set before anything else; its error is Set's. It is
+	// not to be changed once another process may ask.
 	OnSet func(ctx context.Context, a Asked) error
 
 	mu        sync.Mutex

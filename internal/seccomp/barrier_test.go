@@ -246,7 +246,7 @@ func TestBarrier(t *testing.T) {
 // TestBarrierWaits: a call that a supervisor has received, under WAIT_KILLABLE_RECV,
 // can't be frozen before it is answered. The barrier says who keeps it waiting.
 func TestBarrierWaits(t *testing.T) {
-	g, _, l := startBlocked(t, "pause", "WAIT_KILLABLE=1")
+	g, cmd, l := startBlocked(t, "pause", "WAIT_KILLABLE=1")
 	received, answer := make(chan Notification), make(chan bool)
 	done := serve(t.Context(), l, func(n *Notification) (bool, uint) {
 		received <- *n
@@ -281,7 +281,10 @@ func TestBarrierWaits(t *testing.T) {
 	if err := within(t, barrier, "the barrier"); err != nil {
 		t.Error(err)
 	}
-	if err := within(t, done, "the end of Serve"); err != nil { // the process exits
+	if _ = cmd.Wait(); cmd.ProcessState.ExitCode() != int(unix.EACCES) {
+		t.Errorf("%v, want %v", cmd.ProcessState, unix.EACCES)
+	}
+	if err := within(t, done, "the end of Serve"); err != nil {
 		t.Error(err)
 	}
 }

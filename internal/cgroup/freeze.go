@@ -38,7 +38,7 @@ type Freezer struct {
 	v2           bool
 }
 
-// ErrOwnCgroup: this process is in the cgroup and would be frozen with it.
+// ErrOwnCgroup means that this process is in the cgroup.
 var ErrOwnCgroup = errors.New("this process is in the cgroup, and would be frozen with it")
 
 // NewFreezer is for a directory of the v2 hierarchy, or of v1's freezer. The error

@@ -36,6 +36,7 @@ type phasing struct {
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
+	inside      ServeInside  // nil: there is to be none
 	startHolder holder.Start // nil: there is to be none
 	mu          sync.Mutex
 	holder      *holder.Client                          // guarded by mu; nil while there is none
@@ -54,7 +55,7 @@ func hasPhases(p *policy.File) bool {
 // newPhasing looks at the host, and listens.
 //
 // The socket's directory is root's alone, so whoever connects is a runtime, or root.
-func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, error) {
+func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
 	host, _, err := phaseHost()
 	if err != nil {
 		return nil, err
@@ -62,7 +63,7 @@ func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, erro
 	p := &phasing{
 		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
-		startHolder: start, kept: map[string]map[string]*seccomp.Listener{},
+		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{},
 	}
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -83,6 +84,7 @@ func (p *phasing) Close() error {
 	if errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
+	err = errors.Join(err, p.closeInside())
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.holder != nil {
@@ -193,6 +195,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		return nil, err
 	}
 	in.limits.restore(now.Original)
+	in.barrier.note = p.a.journal.path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
@@ -215,8 +218,12 @@ func uncovered(gaps []profiles.PhaseGap) func(string) []string {
 	}
 }
 
-// barrier is that of a container, whose cgroup is known from its start on.
+// barrier is that of a container, whose cgroup is known from its start on. While it
+// runs there is a note in the journal, so that the next process thaws what this one,
+// killed in the middle, has left frozen.
 type barrier struct {
+	note string // path
+
 	mu      sync.Mutex
 	freezer *cgroup.Freezer // guarded by mu
 }
@@ -237,7 +244,24 @@ func (b *barrier) Barrier(ctx context.Context) error {
 	if f == nil {
 		return errNoCgroup
 	}
-	return f.Barrier(ctx)
+	if err := os.WriteFile(b.note, nil, 0o600); err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return errors.Join(f.Barrier(ctx), os.Remove(b.note))
+}
+
+// thaw is for a barrier that an earlier process began and didn't end.
+func (b *barrier) thaw() error {
+	if _, err := os.Stat(b.note); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	b.mu.Lock()
+	f := b.freezer
+	b.mu.Unlock()
+	if f == nil {
+		return errNoCgroup
+	}
+	return errors.Join(f.Thaw(), os.Remove(b.note))
 }
 
 // attached tells an instance's cgroup. The instance is taken.
@@ -250,7 +274,7 @@ func (p *phasing) attached(in *instance, pid int) error {
 		return fmt.Errorf("phases: %w", err)
 	}
 	in.barrier.set(f)
-	return nil
+	return in.barrier.thaw()
 }
 
 // setLimits sets what limits a phase has, and reads them back.
@@ -328,6 +352,9 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		now.Phase = in.Decision.Phase
 	}
 	sv, err := a.phases.supervise(in, now)
+	if err == nil {
+		err = a.phases.serveInside(in)
+	}
 	if err == nil && in.Container.PID > 0 {
 		err = a.phases.attached(in, in.Container.PID)
 	}

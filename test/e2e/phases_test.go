@@ -164,7 +164,12 @@ func TestPhases(t *testing.T) {
 			if out, code := e.phase("set", c.ID, "write_logs"); code != 3 {
 				t.Errorf("a transition that the policy doesn't have: exit status %d: %s", code, out)
 			}
-			e.setPhase(c.ID, "read_only")
+			// From inside it may only tighten itself.
+			r, err := c.Exec(e.ctx, "/usr/bin/node", workloads.Scripts+"/inside.mjs", "write_logs", "nowhere", "read_only")
+			if want := "write_logs: 409\nnowhere: 409\nread_only: 200\n"; err != nil || r.Log != want {
+				t.Errorf("from inside: %+v, %v; want %q", r, err, want)
+			}
+			d.waitLog("phase event", `"switched"`, `"origin":"inside"`)
 			says(t, e, c, "read=ok write=EPERM kept=ok connect=EPERM")
 			st := e.phaseStatus(c.ID)
 			if st.State != phase.Holds || st.Generation != 4 || st.Denied == 0 || !strings.Contains(strings.Join(st.Uncovered, "\n"), "stay writable") {

@@ -25,3 +25,8 @@ func LackVsyscalls() (restore func()) {
 	optional = map[string]string{syslatchProgSyslatchVsys: "no_such_tracepoint"}
 	return func() { optional = was }
 }
+
+// CrashInAdd leaves what a process leaves that is killed before Add's last write.
+func (e *Enforcer) CrashInAdd(h PhaseHandle) {
+	atomic.StoreUint32(&e.slots[h.Slot].State, uint32(phasesPhaseStatePHASE_SETUP))
+}

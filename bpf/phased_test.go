@@ -104,6 +104,8 @@ func errnoOf(n uintptr, errno syscall.Errno) (int, error) {
 func (w *worker) do(o op) (int, error) {
 	buf := []byte("x")
 	switch o.Do {
+	case "ready":
+		return 0, nil
 	case "open":
 		dir := unix.AT_FDCWD
 		if o.FD > 0 {
@@ -324,7 +326,9 @@ type task struct {
 
 func startTask(t testing.TB, cg cgroup) *task {
 	t.Helper()
-	return &task{t, start(t, &cg, "phased", nil)}
+	k := &task{t, start(t, &cg, "phased", nil)}
+	k.want(0, op{Do: "ready"}) // it has loaded its libraries
+	return k
 }
 
 // try has the task do something, and says what came of it.
@@ -362,7 +366,7 @@ func text(e unix.Errno) string {
 	return e.Error()
 }
 
-// both holds the outcome to an errno, and closes what was opened.
+// opens holds the outcome to an errno, and closes what was opened.
 func (k *task) opens(errno unix.Errno, o op) {
 	k.t.Helper()
 	if fd := k.want(errno, o); fd > 0 {

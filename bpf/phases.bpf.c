@@ -205,15 +205,18 @@ static __always_inline struct mount *mount_of(struct vfsmount *mnt)
 	return (void *)mnt - bpf_core_field_offset(struct mount, mnt);
 }
 
-/* The kernel's own, behind a file that has been judged itself: the layers of an
- * overlay. No path leads a task there; mounts of which that is also said, and
- * that tasks have files of, are memory, pipes and the like (SB_NOUSER).
+/* The kernel's own: behind a file that has been judged itself, the layers of an
+ * overlay; and message queues, where mq_open is the call. No path leads a task
+ * there. Mounts of which that is also said, and that tasks have files of, are
+ * memory, pipes and the like (SB_NOUSER).
  */
 static __always_inline int is_internal(struct file *file)
 {
 	struct vfsmount *mnt = BPF_CORE_READ(file, f_path.mnt);
 	__u64 ns = (__u64)BPF_CORE_READ(mount_of(mnt), mnt_ns);
 
+	if (!ns)
+		return BPF_CORE_READ(mnt, mnt_sb, s_magic) == MQUEUE_MAGIC;
 	return ns >= (__u64)-MAX_ERRNO &&
 	       !(BPF_CORE_READ(mnt, mnt_sb, s_flags) & SB_NOUSER);
 }

@@ -456,3 +456,22 @@ func (e *Enforcer) Errors() (map[string]uint64, error) {
 	}
 	return out, nil
 }
+
+// Memory is what the kernel's maps take, in bytes.
+func (e *Enforcer) Memory() (uint64, error) {
+	release, err := e.acquire()
+	if err != nil {
+		return 0, err
+	}
+	defer release()
+	var sum uint64
+	for name, m := range e.maps {
+		info, err := m.Info()
+		if err != nil {
+			return 0, fmt.Errorf("map %s: %w", name, err)
+		}
+		n, _ := info.Memlock()
+		sum += n
+	}
+	return sum, nil
+}

@@ -684,3 +684,42 @@ func TestPhaseEight(t *testing.T) {
 		t.Errorf("%+v, %v", all, err)
 	}
 }
+
+// BenchmarkPhaseFiles compares reads, writes and opens: without an instance, beside one,
+// and within one that has trees. Where it can run they are emulated, and good as ratios
+// only.
+func BenchmarkPhaseFiles(b *testing.B) {
+	if !bpfLSM(b) {
+		b.Skip("this kernel has no BPF LSM")
+	}
+	e := openEnforcer(b, pinDir(b), bpf.EnforcerOptions{})
+	cg, dir := newCgroup(b), files(b, "f")
+	path := filepath.Join(dir, "f")
+	k, out := startTask(b, cg), startTask(b, newCgroup(b))
+	trees := bpf.AnyPhase()
+	trees.ReadTrees, trees.WriteTrees = []string{"/usr", "/lib", dir}, []string{"/var/log", dir}
+	set := bpf.PhaseSet{0: trees, 1: readOnly()}
+	results := map[string][]float64{}
+	for b.Loop() {
+		for range 7 {
+			for _, what := range []string{"writes", "opens"} {
+				const n = 2000
+				measure := func(k *task) float64 { return float64(k.want(0, op{Do: what, Path: path, Flags: n})) }
+				bare := measure(k)
+				h := add(b, e, cg, set, bpf.EnforceOptions{})
+				ours, others := measure(k), measure(out)
+				if err := e.Remove(h); err != nil {
+					b.Fatal(err)
+				}
+				results[what+"-ratio"] = append(results[what+"-ratio"], ours/bare)
+				results[what+"-others-ratio"] = append(results[what+"-others-ratio"], others/bare)
+			}
+		}
+	}
+	k.ends()
+	out.ends()
+	b.ReportMetric(0, "ns/op")
+	for name, v := range results {
+		b.ReportMetric(median(v), name)
+	}
+}

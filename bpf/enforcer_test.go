@@ -559,3 +559,77 @@ func TestPhaseRandomDestinations(t *testing.T) {
 	}
 	k.ends()
 }
+
+// BenchmarkPhaseConnect times connects of a UDP socket, which are the cheapest, and of TCP to
+// a listener, by turns: without an instance, with one that allows the address, and
+// from another cgroup than the instance's.
+func BenchmarkPhaseConnect(b *testing.B) {
+	e := openEnforcer(b, pinDir(b), bpf.EnforcerOptions{})
+	cg, other := newCgroup(b), newCgroup(b)
+	s := serve(b, "127.0.0.1")
+	at := fmt.Sprintf("127.0.0.1:%d", s.port)
+	go func() {
+		for {
+			c, err := s.tcp.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	k, out := startTask(b, cg), startTask(b, other)
+	rules := bpf.PhaseSet{0: reach("10.0.0.0/8", 443, "192.168.0.0/16", 0, "127.0.0.0/8", s.port)}
+	measure := func(k *task, what string, n int) float64 {
+		return float64(k.want(0, op{Do: what, Addr: at, Flags: n})) / float64(n)
+	}
+	results := map[string][]float64{}
+	for b.Loop() {
+		for range 15 {
+			for _, kind := range []string{"udp", "tcp"} {
+				n := map[string]int{"udp": 20000, "tcp": 500}[kind]
+				bare := measure(k, kind+" connects", n)
+				h := add(b, e, cg, rules, bpf.EnforceOptions{})
+				ours, others := measure(k, kind+" connects", n), measure(out, kind+" connects", n)
+				if err := e.Remove(h); err != nil {
+					b.Fatal(err)
+				}
+				results[kind+"-bare-ns"] = append(results[kind+"-bare-ns"], bare)
+				results[kind+"-ns"] = append(results[kind+"-ns"], ours)
+				results[kind+"-ratio"] = append(results[kind+"-ratio"], ours/bare)
+				results[kind+"-others-ratio"] = append(results[kind+"-others-ratio"], others/bare)
+			}
+		}
+	}
+	k.ends()
+	out.ends()
+	b.ReportMetric(0, "ns/op")
+	for name, v := range results {
+		b.ReportMetric(median(v), name)
+	}
+}
+
+// BenchmarkPhaseSet is what a switch costs here.
+func BenchmarkPhaseSet(b *testing.B) {
+	e := openEnforcer(b, pinDir(b), bpf.EnforcerOptions{})
+	h := add(b, e, newCgroup(b), bpf.PhaseSet{0: bpf.AnyPhase(), 1: bpf.AnyPhase()}, bpf.EnforceOptions{})
+	phase := uint8(0)
+	for b.Loop() {
+		phase ^= 1
+		if err := e.Set(h, phase); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkPhaseMemory is what the kernel's maps take.
+func BenchmarkPhaseMemory(b *testing.B) {
+	e := openEnforcer(b, pinDir(b), bpf.EnforcerOptions{})
+	var n uint64
+	for b.Loop() {
+		var err error
+		if n, err = e.Memory(); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(n), "bytes")
+}

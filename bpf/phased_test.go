@@ -9,10 +9,12 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -94,7 +96,7 @@ func sockaddr(text string, kind int) (sa []byte, err error) {
 	return append(append(sa, ap.Addr().AsSlice()...), make([]byte, 8)...), nil
 }
 
-func errnoOf(n uintptr, errno syscall.Errno) (int, error) {
+func errnoOf(n, _ uintptr, errno syscall.Errno) (int, error) {
 	if errno != 0 {
 		return -1, errno
 	}
@@ -106,6 +108,8 @@ func (w *worker) do(o op) (int, error) {
 	switch o.Do {
 	case "ready":
 		return 0, nil
+	case "udp connects", "tcp connects", "writes", "opens":
+		return timed(o)
 	case "open":
 		dir := unix.AT_FDCWD
 		if o.FD > 0 {
@@ -166,15 +170,15 @@ func (w *worker) do(o op) (int, error) {
 		if err != nil {
 			return -1, err
 		}
-		n, _, errno := unix.Syscall6(unix.SYS_MQ_OPEN, uintptr(unsafe.Pointer(name)), uintptr(o.Flags), 0o600, 0, 0, 0)
-		return errnoOf(n, errno)
+		n, m, errno := unix.Syscall6(unix.SYS_MQ_OPEN, uintptr(unsafe.Pointer(name)), uintptr(o.Flags), 0o600, 0, 0, 0)
+		return errnoOf(n, m, errno)
 	case "mq_unlink":
 		name, err := unix.BytePtrFromString(o.Path)
 		if err != nil {
 			return -1, err
 		}
-		n, _, errno := unix.Syscall(unix.SYS_MQ_UNLINK, uintptr(unsafe.Pointer(name)), 0, 0)
-		return errnoOf(n, errno)
+		n, m, errno := unix.Syscall(unix.SYS_MQ_UNLINK, uintptr(unsafe.Pointer(name)), 0, 0)
+		return errnoOf(n, m, errno)
 	case "exec":
 		pid, err := syscall.ForkExec(o.Path, []string{o.Path}, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}})
 		if err != nil {
@@ -221,8 +225,8 @@ func (w *worker) do(o op) (int, error) {
 		n, _, err := unix.Recvfrom(o.FD, buf, unix.MSG_DONTWAIT)
 		return n, err
 	case "send":
-		n, _, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(o.FD), uintptr(unsafe.Pointer(&buf[0])), 1, unix.MSG_NOSIGNAL, 0, 0)
-		return errnoOf(n, errno)
+		n, m, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(o.FD), uintptr(unsafe.Pointer(&buf[0])), 1, unix.MSG_NOSIGNAL, 0, 0)
+		return errnoOf(n, m, errno)
 	case "connect", "bind", "sendto":
 		sa, err := sockaddr(o.Addr, o.Kind)
 		if err != nil {
@@ -231,14 +235,14 @@ func (w *worker) do(o op) (int, error) {
 		at, n := uintptr(unsafe.Pointer(&sa[0])), uintptr(len(sa))
 		switch o.Do {
 		case "connect":
-			n, _, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(o.FD), at, n)
-			return errnoOf(n, errno)
+			n, m, errno := unix.Syscall(unix.SYS_CONNECT, uintptr(o.FD), at, n)
+			return errnoOf(n, m, errno)
 		case "bind":
-			n, _, errno := unix.Syscall(unix.SYS_BIND, uintptr(o.FD), at, n)
-			return errnoOf(n, errno)
+			n, m, errno := unix.Syscall(unix.SYS_BIND, uintptr(o.FD), at, n)
+			return errnoOf(n, m, errno)
 		}
-		n, _, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(o.FD), uintptr(unsafe.Pointer(&buf[0])), 1, uintptr(o.Flags)|unix.MSG_NOSIGNAL, at, n)
-		return errnoOf(n, errno)
+		n, m, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(o.FD), uintptr(unsafe.Pointer(&buf[0])), 1, uintptr(o.Flags)|unix.MSG_NOSIGNAL, at, n)
+		return errnoOf(n, m, errno)
 	case "uring open":
 		path, err := unix.BytePtrFromString(o.Path)
 		if err != nil {
@@ -261,6 +265,59 @@ func (w *worker) do(o op) (int, error) {
 		}, o.Async)
 	}
 	return -1, fmt.Errorf("unknown: %s", o.Do)
+}
+
+// timed does something Flags times, and says how many nanoseconds that took.
+func timed(o op) (int, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var sa []byte
+	fd, err := -1, error(nil)
+	switch o.Do {
+	case "writes":
+		fd, err = unix.Open(o.Path, unix.O_WRONLY, 0)
+	case "opens":
+	default:
+		if sa, err = sockaddr(o.Addr, 0); err == nil && o.Do == "udp connects" {
+			fd, err = unix.Socket(unix.AF_INET, unix.SOCK_DGRAM, 0)
+		}
+	}
+	if err != nil {
+		return -1, err
+	}
+	if fd >= 0 {
+		defer unix.Close(fd)
+	}
+	connect := func(fd int) error {
+		_, err := errnoOf(unix.Syscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&sa[0])), uintptr(len(sa))))
+		return err
+	}
+	one := map[string]func() error{
+		"udp connects": func() error { return connect(fd) },
+		"tcp connects": func() error {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			return connect(fd)
+		},
+		"writes": func() error { _, err := unix.Pwrite(fd, []byte("x"), 0); return err },
+		"opens": func() error {
+			fd, err := unix.Open(o.Path, unix.O_RDWR, 0)
+			if err == nil {
+				err = unix.Close(fd)
+			}
+			return err
+		},
+	}[o.Do]
+	begin := time.Now()
+	for range o.Flags {
+		if err := one(); err != nil {
+			return -1, err
+		}
+	}
+	return int(time.Since(begin)), nil
 }
 
 // sqe is struct io_uring_sqe.

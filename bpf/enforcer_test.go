@@ -587,7 +587,7 @@ func BenchmarkPhaseConnect(b *testing.B) {
 		for range 15 {
 			for _, kind := range []string{"udp", "tcp"} {
 				n := map[string]int{"udp": 20000, "tcp": 500}[kind]
-				bare := measure(k, kind+" connects", n)
+				bare, outBare := measure(k, kind+" connects", n), measure(out, kind+" connects", n)
 				h := add(b, e, cg, rules, bpf.EnforceOptions{})
 				ours, others := measure(k, kind+" connects", n), measure(out, kind+" connects", n)
 				if err := e.Remove(h); err != nil {
@@ -596,7 +596,7 @@ func BenchmarkPhaseConnect(b *testing.B) {
 				results[kind+"-bare-ns"] = append(results[kind+"-bare-ns"], bare)
 				results[kind+"-ns"] = append(results[kind+"-ns"], ours)
 				results[kind+"-ratio"] = append(results[kind+"-ratio"], ours/bare)
-				results[kind+"-others-ratio"] = append(results[kind+"-others-ratio"], others/bare)
+				results[kind+"-others-ratio"] = append(results[kind+"-others-ratio"], others/outBare)
 			}
 		}
 	}
@@ -632,4 +632,22 @@ func BenchmarkPhaseMemory(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(n), "bytes")
+}
+
+// What can't be told is denied.
+func TestPhaseBroken(t *testing.T) {
+	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
+	cg := newCgroup(t)
+	h := add(t, e, cg, bpf.PhaseSet{0: reach("127.0.0.0/8", 0)}, bpf.EnforceOptions{})
+	k := startTask(t, cg)
+	fd := k.want(0, op{Do: "socket", Kind: inet, Flags: dgram})
+	k.want(0, op{Do: "connect", FD: fd, Addr: "127.0.0.1:9"})
+	e.BreakPhase(h)
+	k.want(unix.EPERM, op{Do: "connect", FD: fd, Addr: "127.0.0.1:9"})
+	if errs, err := e.Errors(); err != nil || errs["phase"] == 0 || errs["count"] == 0 {
+		t.Errorf("errors %v, %v", errs, err)
+	}
+	set(t, e, h, 0)
+	k.want(0, op{Do: "connect", FD: fd, Addr: "127.0.0.1:9"})
+	k.ends()
 }

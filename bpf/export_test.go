@@ -30,3 +30,8 @@ func LackVsyscalls() (restore func()) {
 func (e *Enforcer) CrashInAdd(h PhaseHandle) {
 	atomic.StoreUint32(&e.slots[h.Slot].State, uint32(phasesPhaseStatePHASE_SETUP))
 }
+
+// BreakPhase makes a phase the current one that doesn't exist.
+func (e *Enforcer) BreakPhase(h PhaseHandle) {
+	atomic.StoreUint64(&e.slots[h.Slot].Now, uint64(StartPhase+1)<<32|uint64(h.Generation))
+}

@@ -36,7 +36,7 @@ type op struct {
 type done struct {
 	N     int // a descriptor, a number of bytes
 	Errno unix.Errno
-	Err   string // what is no errno
+	Err   string // of what has to work
 }
 
 // phased does as it is asked until its input ends.
@@ -125,7 +125,7 @@ func (w *worker) do(o op) (int, error) {
 	case "handle":
 		h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, o.Path, 0)
 		if err != nil {
-			return -1, fmt.Errorf("name_to_handle_at: %s", err)
+			return -1, errors.New("name_to_handle_at: " + err.Error())
 		}
 		return unix.OpenByHandleAt(o.FD, h, o.Flags)
 	case "read":
@@ -344,18 +344,18 @@ func ring(fill func(*sqe), async bool) (int, error) {
 	}
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&p)), 0)
 	if errno != 0 {
-		return -1, fmt.Errorf("io_uring_setup: %s", errno)
+		return -1, errors.New("io_uring_setup: " + errno.Error())
 	}
 	defer unix.Close(int(fd))
 	const rw, shared = unix.PROT_READ | unix.PROT_WRITE, unix.MAP_SHARED
 	rings, err := unix.Mmap(int(fd), 0, 4096, rw, shared)
 	if err != nil {
-		return -1, fmt.Errorf("map ring: %s", err)
+		return -1, errors.New("map ring: " + err.Error())
 	}
 	defer unix.Munmap(rings)
 	entries, err := unix.Mmap(int(fd), 0x10000000, 4096, rw, shared)
 	if err != nil {
-		return -1, fmt.Errorf("map entries: %s", err)
+		return -1, errors.New("map entries: " + err.Error())
 	}
 	defer unix.Munmap(entries)
 	e := (*sqe)(unsafe.Pointer(&entries[0]))
@@ -366,7 +366,7 @@ func ring(fill func(*sqe), async bool) (int, error) {
 	}
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&rings[p.sqTail])), 1) // entry 0, which sqArr has
 	if _, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, fd, 1, 1, 1, 0, 0); errno != 0 {
-		return -1, fmt.Errorf("io_uring_enter: %s", errno)
+		return -1, errors.New("io_uring_enter: " + errno.Error())
 	}
 	res := *(*int32)(unsafe.Pointer(&rings[p.cqes+8]))
 	if res < 0 {

@@ -686,7 +686,8 @@ func (c *phaseCompiler) treeGaps(writers []string) {
 		})
 		if len(others) > 0 {
 			c.Gaps = append(c.Gaps, PhaseGap{
-				[]string{p.Name}, "files elsewhere that were opened for writing in " + strings.Join(others, ", ") + " stay writable",
+				[]string{p.Name},
+				"files elsewhere that were opened for writing in " + strings.Join(others, ", ") + " stay writable",
 				"paths are looked at where a file is opened, and nowhere else", "give them the same write paths, or none to one of them",
 			})
 		}

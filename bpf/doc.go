@@ -86,7 +86,8 @@
 //
 // Linux 6.1 or later on x86_64, with BTF and cgroup version 2, mounted as
 // hybrid or unified. The caller needs CAP_BPF, CAP_PERFMON and, for the pins,
-// write access to a bpffs. [Probe] says what a host has.
+// write access to a bpffs; an Enforcer's programs of cgroups take CAP_NET_ADMIN
+// beside. [Probe] says what a host has.
 //
 // # Errors
 //

@@ -354,6 +354,8 @@ func explainHook(p phaseProgram, err error) error {
 		return fmt.Errorf("%w: this kernel has no such hook: %w", ErrUnsupported, err)
 	case p.kind == attachLSM && errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w: this kernel, or this process's privileges, don't allow BPF LSM: %w", ErrUnsupported, unix.EPERM)
+	case p.kind == attachCgroup && errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w: CAP_NET_ADMIN is needed beside CAP_BPF: %w", ErrUnsupported, unix.EPERM)
 	}
 	return explain(err)
 }

@@ -3,13 +3,16 @@
 package bpf_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -130,6 +133,49 @@ func TestPhaseMissing(t *testing.T) {
 	var lack *bpf.MissingError
 	if !errors.As(err, &lack) || !errors.Is(err, bpf.ErrUnsupported) || !slices.Equal(lack.Programs, []string{"lsm/file_open", "lsm/inode_create"}) {
 		t.Errorf("Add: %v", err)
+	}
+}
+
+// fewCapabilities opens an enforcer with what the daemon's unit leaves, and tells what
+// is missing.
+func fewCapabilities(out io.Writer) error {
+	runtime.LockOSThread() // for good
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	for _, c := range []int{unix.CAP_BPF, unix.CAP_PERFMON} {
+		data[c/32].Effective |= 1 << (c % 32)
+		data[c/32].Permitted |= 1 << (c % 32)
+	}
+	if err := unix.Capset(&header, &data[0]); err != nil {
+		return err
+	}
+	e, err := bpf.OpenEnforcer("", bpf.EnforcerOptions{NoPin: true})
+	if err != nil {
+		return err
+	}
+	missing := map[string]string{}
+	for name, err := range e.Missing() {
+		missing[name] = err.Error()
+	}
+	return errors.Join(json.NewEncoder(out).Encode(missing), e.Close())
+}
+
+// What a process may not load is named, with what it takes, and the rest is there.
+func TestPhaseCapabilities(t *testing.T) {
+	needRoot(t)
+	p := start(t, nil, "few capabilities", nil)
+	var missing map[string]string
+	p.line(&missing)
+	p.wait()
+	for _, name := range []string{"cgroup/connect4", "cgroup/connect6", "cgroup/sendmsg4", "cgroup/sendmsg6"} {
+		if !strings.Contains(missing[name], "CAP_NET_ADMIN") {
+			t.Errorf("%s: %q", name, missing[name])
+		}
+		delete(missing, name)
+	}
+	delete(missing, "lsm/file_truncate")
+	if bpfLSM(t) && len(missing) > 0 {
+		t.Errorf("missing: %v", missing)
 	}
 }
 

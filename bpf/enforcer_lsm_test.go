@@ -363,6 +363,47 @@ func TestPhaseTrees(t *testing.T) {
 	}
 }
 
+// A container's names are its own, and what it has of others is in no tree.
+func TestPhaseContainerPaths(t *testing.T) {
+	needLSM(t)
+	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
+	cg, dir, host := newCgroup(t), files(t, "log/a", "other/x"), files(t, "log/a")
+	log, root := bpf.AnyPhase(), bpf.AnyPhase()
+	log.WriteTrees, root.WriteTrees = []string{"/log"}, []string{"/"}
+	phases := bpf.PhaseSet{0: bpf.AnyPhase(), 1: log, 2: root}
+	h := add(t, e, cg, phases, bpf.EnforceOptions{})
+	k := startTask(t, cg)
+	from := k.want(0, op{Do: "open", Path: host, Flags: rdonly | unix.O_DIRECTORY})
+	ns := k.want(0, op{Do: "pivot", Path: dir})
+	verdict := func(h bpf.PhaseHandle, own unix.Errno) {
+		t.Helper()
+		set(t, e, h, 1)
+		k.opens(own, op{Do: "open", Path: "/log/a", Flags: wronly})
+		k.opens(own, op{Do: "uring open", Path: "/log/a", Flags: wronly, Async: true})
+		k.opens(eperm, op{Do: "open", Path: "/other/x", Flags: wronly})
+		k.opens(eperm, op{Do: "open", FD: from, Path: "log/a", Flags: wronly})
+		set(t, e, h, 2)
+		k.opens(own, op{Do: "open", Path: "/other/x", Flags: wronly})
+		k.opens(eperm, op{Do: "open", FD: from, Path: "log/a", Flags: wronly})
+		k.opens(0, op{Do: "open", FD: from, Path: "log/a", Flags: rdonly})
+		set(t, e, h, 0)
+		k.opens(0, op{Do: "open", FD: from, Path: "log/a", Flags: wronly})
+	}
+	verdict(h, 0)
+	for _, tc := range []struct {
+		ns  int
+		own unix.Errno
+	}{{ns, 0}, {ns + 1, eperm}} {
+		if err := e.Remove(h); err != nil {
+			t.Fatal(err)
+		}
+		h = add(t, e, cg, phases, bpf.EnforceOptions{MountNS: uint32(tc.ns)})
+		verdict(h, tc.own)
+	}
+	k.ends()
+	noErrors(t, e)
+}
+
 // A path that is longer than the kernel tells is in no tree.
 func TestPhaseLongPath(t *testing.T) {
 	needLSM(t)

@@ -41,6 +41,7 @@ type done struct {
 
 // phased does as it is asked until its input ends.
 func phased(in io.Reader, out io.Writer) error {
+	runtime.LockOSThread() // for good: a thread may get a mount namespace of its own
 	d, e := json.NewDecoder(in), json.NewEncoder(out)
 	w := &worker{}
 	for {
@@ -192,8 +193,8 @@ func (w *worker) do(o op) (int, error) {
 			return -1, err
 		}
 		return 0, unix.Chdir("/")
-	case "mount":
-		return 0, unix.Mount(o.Addr, o.Path, "", unix.MS_BIND, "")
+	case "pivot":
+		return pivot(o.Path)
 	case "mkdir":
 		return 0, unix.Mkdir(o.Path, 0o700)
 	case "move":
@@ -267,10 +268,29 @@ func (w *worker) do(o op) (int, error) {
 	return -1, fmt.Errorf("unknown: %s", o.Do)
 }
 
+// pivot makes a directory the root of a mount namespace, as container runtimes do, and
+// gives the namespace's number.
+func pivot(dir string) (int, error) {
+	var st unix.Stat_t
+	for _, do := range []func() error{
+		func() error { return unix.Unshare(unix.CLONE_NEWNS) },
+		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") },
+		func() error { return unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, "") },
+		func() error { return unix.Stat("/proc/thread-self/ns/mnt", &st) },
+		func() error { return unix.Chdir(dir) },
+		func() error { return unix.PivotRoot(".", ".") },
+		func() error { return unix.Unmount(".", unix.MNT_DETACH) },
+		func() error { return unix.Chdir("/") },
+	} {
+		if err := do(); err != nil {
+			return -1, err
+		}
+	}
+	return int(st.Ino), nil
+}
+
 // timed does something Flags times, and says how many nanoseconds that took.
 func timed(o op) (int, error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	var sa []byte
 	fd, err := -1, error(nil)
 	switch o.Do {

@@ -47,7 +47,7 @@ generate: ## Rebuild the committed BPF objects (prints instruction counts)
 
 .PHONY: generated
 generated: ## Check that the committed BPF objects are what their sources make
-	@sums=$$(sha256sum bpf/syslatch_x86_bpfel.*); $(MAKE) --no-print-directory generate; \
+	@sums=$$(sha256sum bpf/*_x86_bpfel.*); $(MAKE) --no-print-directory generate; \
 	sha256sum --quiet -c <<<"$$sums" || { echo "the BPF objects were not made of these sources: commit what is there now"; exit 1; }
 
 .PHONY: deps-build deps

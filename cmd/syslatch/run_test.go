@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
 )
@@ -196,19 +197,25 @@ func TestRunInPhasesFailsClosed(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.waited = true
-	p.does("true > "+p.dir+"/b", "2")
+	p.does("mkdir "+p.dir+"/b 2>&-", "126") // no execve, either
 	if _, err := os.Stat(p.dir + "/b"); err == nil {
 		t.Error("it wrote without a supervisor")
 	}
-	// The end of its input ends the shell, and nobody is left to remove its cgroup.
+	p.abandoned()
+}
+
+// abandoned ends a shell whose syslatch was killed: the end of its input ends it, and
+// nobody is left to remove its cgroup.
+func (p *phased) abandoned() {
+	p.t.Helper()
 	_ = p.in.Close()
 	if _, err := p.out.ReadString('\n'); err != io.EOF {
-		t.Error(err)
+		p.t.Error(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(p.t.Context(), time.Minute)
 	defer cancel()
 	if err := errors.Join(cgroup.WaitEmpty(ctx, p.cgroup), os.Remove(p.cgroup)); err != nil {
-		t.Error(err)
+		p.t.Error(err)
 	}
 }
 
@@ -250,4 +257,72 @@ func TestRunRefusesGaps(t *testing.T) {
 			t.Errorf("%s: %+v", name, r)
 		}
 	}
+}
+
+const hooksPolicy = `apiVersion: syslatch.dev/v1
+policies:
+- name: agent
+  match: {}
+  mode: enforce
+  phases:
+    initial: write
+    read_only: {allow: ["@file-read", "@basic-io", "@info", "@process"]}
+    write: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"], files: {write: [DIR/in, /dev/null]}}
+`
+
+// TestRunHooks: where there is BPF LSM, a phase's paths hold, a file that is open for
+// writing isn't written in a phase that writes none, and both after a kill, too.
+func TestRunHooks(t *testing.T) {
+	needRoot(t)
+	e, err := bpf.OpenEnforcer("", bpf.EnforcerOptions{NoPin: true, Instances: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	missing := e.Missing()["lsm/file_open"]
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if missing != nil {
+		if !errors.Is(missing, bpf.ErrUnsupported) {
+			t.Fatal(missing)
+		}
+		t.Skipf("this kernel has no BPF LSM (test/vm/run has it): %v", missing)
+	}
+	dir := t.TempDir()
+	if err := os.Mkdir(dir+"/in", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	// mkdir and its like name paths that nothing looks at: a gap.
+	p := startPhased(t, strings.ReplaceAll(hooksPolicy, "DIR", dir), "--gaps", "report")
+	p.does("echo 1 > "+dir+"/in/a", "0")
+	p.does("true > "+dir+"/out 2>/dev/null", "2")
+	p.does("exec 5>"+dir+"/in/kept", "0")
+	p.does("echo 1 >&5", "0")
+	p.set("read_only", 0)
+	p.does("echo 2 >&5 2>/dev/null", "2") // the redirection of errors
+	p.does("echo 2 >&5", "1")
+	p.does("true > "+dir+"/in/b", "2")
+	p.set("write", 0)
+	p.does("echo 3 >&5", "0")
+	p.set("read_only", 0)
+	if err := p.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.cmd.Process.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	p.waited = true
+	p.does("echo 4 >&5", "1")
+	p.does("true > "+dir+"/in/c", "2")
+	p.abandoned()
+	data, err := os.ReadFile(dir + "/in/kept")
+	if err != nil || string(data) != "1\n3\n" {
+		t.Errorf("the file has %q, %v", data, err)
+	}
+	// The next run removes what the killed one left.
+	next := startPhased(t, runPolicy)
+	if left, err := filepath.Glob("/sys/fs/bpf/syslatch-run-*"); err != nil || len(left) > 1 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	next.wait()
 }

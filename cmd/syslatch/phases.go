@@ -125,8 +125,8 @@ Then it says what can't be enforced on this host, why, and what would help. The 
 is looked at as 'syslatch doctor' does; --assume takes its place, a list of notify,
 wait-killable, lsm, cgroup-connect and inject, or all, or none.
 
-This version enforces by filter and supervisor: --assume notify is what it does. BPF
-programs and filters for running tasks are shown with --assume all.
+This version uses notify for containers, BPF programs (lsm, cgroup-connect) for
+'syslatch run' only, and inject for nothing.
 
 JSON output has the schema ` + phasesSchema + `; fields may be added to it.
 

@@ -54,7 +54,7 @@ const MaxPhases = 8
 var phaseName = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_-]{0,31}$`)
 
 // reservedPhases have a meaning of their own.
-var reservedPhases = []string{"initial", DefaultPhase, StartPhase}
+var reservedPhases = []string{"initial", "gaps", DefaultPhase, StartPhase}
 
 // CheckPhaseName refuses what can't name a phase.
 func CheckPhaseName(name string) error {

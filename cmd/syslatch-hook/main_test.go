@@ -28,7 +28,7 @@ func TestPhasesAreRefused(t *testing.T) {
 	}{
 		// Without phases the file is good, and this spec is refused for another reason.
 		{"", "doesn't tell the container's id"},
-		{"- {name: b, match: {}, mode: enforce, phases: {initial: a, a: {}}}\n", "are not enforced by this version"},
+		{"- {name: b, match: {}, mode: enforce, phases: {initial: a, a: {}}}\n", "are not enforced by this program"},
 	} {
 		if tc.phases != "" { // the first matches all: put the other before it
 			text = strings.Replace(text, "policies:\n", "policies:\n"+strings.Replace(tc.phases, "match: {}", "match: {images: [nginx]}", 1), 1)

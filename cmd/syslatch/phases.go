@@ -125,8 +125,8 @@ Then it says what can't be enforced on this host, why, and what would help. The 
 is looked at as 'syslatch doctor' does; --assume takes its place, a list of notify,
 wait-killable, lsm, cgroup-connect and inject, or all, or none.
 
-This version compiles and shows phases. It does not enforce them: syslatchd and
-syslatch-hook refuse a file that has some.
+This version uses notify for containers, BPF programs (lsm, cgroup-connect) for
+'syslatch run' only, and inject for nothing.
 
 JSON output has the schema ` + phasesSchema + `; fields may be added to it.
 
@@ -207,7 +207,7 @@ func (f *phasesFlags) run(c *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	p, err := f.pick(file, path)
+	p, err := pickPhases(file, path, f.policy, "--policy")
 	if err != nil {
 		return err
 	}
@@ -241,13 +241,14 @@ func (f *phasesFlags) run(c *cobra.Command, path string) error {
 	return v.write(c.OutOrStdout(), plan)
 }
 
-// pick is the policy that was named, or the one that has phases.
-func (f *phasesFlags) pick(file *policy.File, path string) (*policy.Policy, error) {
+// pickPhases is the policy that was named, or the one that has phases. flag is how one
+// is named.
+func pickPhases(file *policy.File, path, name, flag string) (*policy.Policy, error) {
 	var with []string
 	var found *policy.Policy
 	for i := range file.Policies {
 		p := &file.Policies[i]
-		if f.policy != "" && p.Name == f.policy {
+		if name != "" && p.Name == name {
 			if p.Phases == nil {
 				return nil, fmt.Errorf("%s: policy %q has no phases", path, p.Name)
 			}
@@ -260,10 +261,10 @@ func (f *phasesFlags) pick(file *policy.File, path string) (*policy.Policy, erro
 	switch {
 	case len(with) == 0:
 		return nil, fmt.Errorf("%s: no policy has phases", path)
-	case f.policy != "":
-		return nil, fmt.Errorf("%s: no policy %q; with phases: %s", path, f.policy, strings.Join(with, ", "))
+	case name != "":
+		return nil, fmt.Errorf("%s: no policy %q; with phases: %s", path, name, strings.Join(with, ", "))
 	case len(with) > 1:
-		return nil, cli.Usage(fmt.Errorf("%s has several policies with phases, say --policy with one of %s", path, strings.Join(with, ", ")))
+		return nil, cli.Usage(fmt.Errorf("%s has several policies with phases, say %s with one of %s", path, flag, strings.Join(with, ", ")))
 	}
 	return found, nil
 }
@@ -334,7 +335,7 @@ func newPhasesView(p *policy.Policy, host profiles.PhaseHost, checks []doctor.Ch
 func notNil[T any](list []T) []T { return append([]T{}, list...) }
 
 func (v *phasesView) writeHead(w io.Writer) {
-	fmt.Fprintf(w, "policy %s, initial phase %s. Shown only: this version doesn't enforce phases.\n", v.Policy, v.Initial)
+	fmt.Fprintf(w, "policy %s, initial phase %s\n", v.Policy, v.Initial)
 	var has []string
 	for i, b := range featuresOf(&v.Host) {
 		if *b {

@@ -112,42 +112,6 @@ line is wrong.`,
 	return c
 }
 
-func newRunCommand() *cobra.Command {
-	var opts agent.RunOptions
-	c := &cobra.Command{
-		Use:   "run --profile FILE [flags] -- COMMAND [ARG...]",
-		Short: "Run a command confined by a seccomp profile",
-		Long: `Loads the profile as a seccomp filter and becomes COMMAND: same process, same
-standard streams, nothing left of syslatch. A call outside the profile fails with
-the profile's errno (EPERM in recorded profiles); calls newer than this kernel
-fail with ENOSYS, so that libc falls back.
-
-The profile is plain OCI JSON, not a template of docker or podman (archMap,
-includes), and must allow execve, as recorded profiles do. Without root
-(precisely: without CAP_SYS_ADMIN) no_new_privs is set, as the kernel demands.
-
-Exit status: that of COMMAND; 125 if syslatch itself failed, 126 if COMMAND can't
-be executed, 127 if it wasn't found; 2 if the command line is wrong.`,
-		Example: `  syslatch run --profile app.json -- ./app
-  syslatch run --profile app.json --no-new-privs -- mkdir /tmp/x`,
-		Args:              needCommand("syslatch run --profile FILE -- COMMAND"),
-		ValidArgsFunction: completeCommand,
-		RunE: func(c *cobra.Command, args []string) error {
-			if opts.Profile == "" {
-				return cli.Usage(errors.New("say which profile: --profile FILE ('syslatch record' makes one)"))
-			}
-			opts.Command = args
-			return commandExit(0, agent.RunCommand(opts))
-		},
-	}
-	f := c.Flags()
-	f.SetInterspersed(false)
-	f.StringVarP(&opts.Profile, "profile", "p", "", "seccomp profile `FILE`")
-	f.BoolVar(&opts.NoNewPrivs, "no-new-privs", false, "set no_new_privs even where the filter could be loaded without")
-	cli.Must(c.MarkFlagFilename("profile", "json"))
-	return c
-}
-
 func needCommand(usage string) cobra.PositionalArgs {
 	return cli.Args(func(_ *cobra.Command, args []string) error {
 		if len(args) == 0 || args[0] == "" {

@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -24,7 +25,10 @@ import (
 
 	"github.com/syslatch/syslatch/hook"
 	"github.com/syslatch/syslatch/internal/agent"
+	phaseapi "github.com/syslatch/syslatch/internal/api"
 	"github.com/syslatch/syslatch/internal/cli"
+	"github.com/syslatch/syslatch/internal/holder"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/plugin"
@@ -93,6 +97,7 @@ Exit status: 0 stopped by a signal, or the configuration is good (--check-config
 			return serve(c.Context(), o)
 		},
 	})
+	c.AddCommand(newHolderCommand())
 	f := c.Flags()
 	f.StringVarP(&o.config, "config", "c", defaultConfig, "policy `file`")
 	f.BoolVar(&o.check, "check-config", false, "check the policy file and exit")
@@ -109,12 +114,22 @@ Exit status: 0 stopped by a signal, or the configuration is good (--check-config
 	return c
 }
 
+// holderCommand is the hidden subcommand that keeps listeners while no syslatchd runs.
+const holderCommand = "internal-holder"
+
+func newHolderCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: holderCommand + " STATEDIR", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(*cobra.Command, []string) error { return holder.Serve() },
+	}
+}
+
 var (
 	logLevels  = []string{"debug", "info", "warning", "error"}
 	logFormats = []string{"text", "json"}
 )
 
-func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known} }
+func policyOptions() policy.Options { return policy.Options{KnownCall: seccomp.Known, Phases: true} }
 
 func loadPolicy(path string) (*policy.File, error) {
 	p, err := policy.Load(path, policyOptions())
@@ -160,6 +175,11 @@ func serve(ctx context.Context, o options) error {
 		return err
 	}
 	defer stop()
+	stopAPI, err := serveAPI(p, a, log)
+	if err != nil {
+		return err
+	}
+	defer stopAPI()
 	log.WithFields(logrus.Fields{"version": cli.Version().String(), "config": o.config, "policies": len(p.Policies)}).Info("started")
 	socket := o.nriSocket
 	if socket == "" {
@@ -207,6 +227,21 @@ func serveRootless(ctx context.Context, p *policy.File, a *agent.Agent, log *log
 	}, nil
 }
 
+// serveAPI serves the API that switches phases, where the policy file has phases.
+func serveAPI(p *policy.File, a *agent.Agent, log *logrus.Entry) (stop func(), err error) {
+	s := a.Phases()
+	if s == nil {
+		return func() {}, nil
+	}
+	socket := filepath.Join(p.StateDir, "api.sock")
+	server, err := (&phaseapi.Server{Phases: s, Events: s, Log: log}).Start(socket)
+	if err != nil {
+		return nil, err
+	}
+	log.WithField("socket", socket).Info("serving phases")
+	return func() { _ = server.Close() }, nil
+}
+
 // reconnect runs connect again whenever it ends, until ctx does: the runtime may
 // be restarted, or not be up yet.
 func reconnect(ctx context.Context, log *logrus.Entry, connect func() error) error {
@@ -251,7 +286,12 @@ func servePrelaunched(ctx context.Context, o options, log *logrus.Entry) error {
 			if err != nil {
 				return nil, errors.Join(err, a.Close())
 			}
-			made.Store(&served{a, stop})
+			stopAPI, err := serveAPI(p, a, log)
+			if err != nil {
+				stop()
+				return nil, errors.Join(err, a.Close())
+			}
+			made.Store(&served{a, func() { stopAPI(); stop() }})
 			return a, nil
 		},
 	})
@@ -296,7 +336,14 @@ func prelaunchedAgent(o options, config string, log *logrus.Entry) (*agent.Agent
 }
 
 func newAgent(p *policy.File, log *logrus.Entry) (*agent.Agent, error) {
-	return agent.New(p, agent.Options{Log: log, Check: seccomp.Check})
+	return agent.New(p, agent.Options{Log: log, Check: seccomp.Check, Holder: func() *exec.Cmd {
+		// Its argument is for people, who see it in ps.
+		cmd := exec.Command("/proc/self/exe", holderCommand, p.StateDir)
+		cmd.Args[0] = "syslatchd"
+		return cmd
+	}, Inside: func(s *phase.Supervisor, id, socket string) (io.Closer, error) {
+		return (&phaseapi.Inside{ID: id, Phases: s, Log: log}).Start(socket)
+	}})
 }
 
 func closeAgent(a *agent.Agent, log *logrus.Entry) {

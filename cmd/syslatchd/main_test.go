@@ -174,8 +174,7 @@ func TestCheckConfig(t *testing.T) {
 			bad + `:6: policies[0].mode: unknown value "recrod"`, `did you mean "record"?`,
 			bad + ":7: policies[0].mustAllow[0]", "mkdirr",
 		}},
-		// Never ignored, and where it stands.
-		"phases":    {phases, 1, "", []string{phases + ":6: policies[0].phases: are not enforced by this version", "syslatch profile phases"}},
+		"phases":    {phases, 0, phases + ": good, 1 policy\n", nil},
 		"missing":   {filepath.Join(dir, "no.yaml"), 1, "", []string{"no.yaml: no such file or directory", "--config"}},
 		"directory": {dir, 1, "", []string{"is a directory"}},
 	} {
@@ -221,13 +220,10 @@ func TestFailuresExitWith1(t *testing.T) {
 	write(t, file, "")
 	blocked := filepath.Join(dir, "blocked.yaml")
 	write(t, blocked, fmt.Sprintf("apiVersion: syslatch.dev/v1\nstore: %[1]s/store\nstateDir: %[1]s/file/state\npolicies: []\n", dir))
-	phases := filepath.Join(dir, "phases.yaml")
-	write(t, phases, withPhases)
 	for name, tc := range map[string]struct {
 		args []string
 		want string
 	}{
-		"phases":          {[]string{"--config", phases}, "are not enforced by this version"},
 		"log file":        {[]string{"--config", path, "--log-file", file + "/log"}, "log file: "},
 		"state directory": {[]string{"--config", blocked}, "state directory: "},
 		"no policy":       {[]string{"--config", filepath.Join(dir, "no.yaml")}, "--config"},

@@ -101,6 +101,9 @@ type Input struct {
 	// Version is the workload's active version, nil if there is none.
 	Version *profiles.Version
 	Runtime Runtime
+	// Phases is the filter of the decision's phases, nil if it has none: then no
+	// version is injected.
+	Phases *specs.LinuxSeccomp
 }
 
 // Plan is what to do with one container. It shares no memory with its Input.
@@ -123,6 +126,9 @@ type Plan struct {
 	Resources   *specs.LinuxResources
 	OOMScoreAdj *int
 	Rlimits     []specs.POSIXRlimit
+	// Mounts are to be added: the socket by which a container with phases tightens
+	// itself.
+	Mounts []specs.Mount
 	// Expect is what must be found once the container is there.
 	Expect []Expectation
 	// Notes explain; Warnings say that something asked for is not done.

@@ -3,6 +3,7 @@
 package adjust
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -57,6 +58,9 @@ func (b *builder) seccomp() error {
 		return b.inject(profiles.AuditOf(version), nil)
 	}
 
+	if d.Phases != nil {
+		return b.phases(keep)
+	}
 	profile, err := b.version()
 	if err != nil {
 		return err
@@ -79,6 +83,29 @@ func (b *builder) seccomp() error {
 		return b.inject(profile, slices.DeleteFunc(missingForStart(own), func(call string) bool { return slices.Contains(lacks, call) }))
 	}
 	return b.inject(profile, nil)
+}
+
+// phases injects the filter of phases. What it asks a supervisor about can't be met
+// with a profile of the container's own: the first answer of two filters would win.
+func (b *builder) phases(keep bool) error {
+	switch {
+	case b.Phases == nil:
+		return errors.New("the decision has phases, and nobody compiled them")
+	case !keep:
+	case b.Container.SeccompUnknown:
+		b.warn("%s doesn't show the container's own seccomp profile to plugins; if it has one, the phases replace it whole (existingProfile: replace says that this is meant)", b.engine())
+	case b.Container.Seccomp != nil:
+		return fmt.Errorf("%w: phases beside the container's own seccomp profile, which they would replace (set existingProfile: replace if that is meant)", ErrNotApplicable)
+	}
+	profile := profiles.Clone(b.Phases)
+	var asked []string
+	for _, r := range profile.Syscalls {
+		if r.Action == specs.ActNotify {
+			asked = append(asked, r.Names...)
+		}
+	}
+	// The compiler saw to the start of a container, and to mustDeny.
+	return b.inject(profile, asked)
 }
 
 // version returns a copy of the version's profile.

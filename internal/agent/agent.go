@@ -60,6 +60,7 @@ import (
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/holder"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/store"
 	"github.com/syslatch/syslatch/profiles"
@@ -105,6 +106,12 @@ type Options struct {
 	Log *logrus.Entry
 	// Check compiles a profile, to refuse it before a runtime does.
 	Check func(*specs.LinuxSeccomp) error
+	// Holder starts a process that keeps the listeners of containers with phases
+	// while no syslatchd runs; nil if there is to be none.
+	Holder holder.Start
+	// Inside serves the socket of a container with phases; nil if there is to be
+	// none.
+	Inside ServeInside
 }
 
 // Agent is one node's agent. Its methods may be called concurrently.
@@ -122,6 +129,7 @@ type Agent struct {
 	collected   chan struct{} // closed when nobody reads first-seen events any more
 	closers     []io.Closer   // in the order in which they were opened
 	hooks       *Hooks        // what hooks of the same stateDir left; nil in their own agent
+	phases      *phasing      // nil if the policy file has none
 	// drain, if not nil, fetches an instance's first-seen events, of which there
 	// are as many as it is told: nobody collects them.
 	drain func(in *instance, want int)
@@ -182,6 +190,12 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 	if a.hooks, err = a.adoptHooks(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	if hasPhases(p) || j.hasPhases() {
+		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts); err != nil {
+			return nil, errors.Join(err, a.Close())
+		}
+		closers = append(closers, a.phases)
+	}
 	if err := a.begin(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
@@ -223,6 +237,9 @@ func (a *Agent) begin() error {
 		a.spawn("read first-seen events", a.collect)
 	}
 	a.spawn("look after instances", a.sweep)
+	if a.phases != nil {
+		a.spawn("accept listeners", a.phases.accept)
+	}
 	a.collectHooks()
 	return nil
 }

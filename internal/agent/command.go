@@ -173,7 +173,7 @@ func recordCommand(path string, argv []string, stdout *os.File, signals <-chan o
 	if err != nil {
 		return nil, 0, err
 	}
-	child, err := launch(group, path, argv, stdout)
+	child, err := launch(group, path, argv, stdout, nil)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -185,11 +185,11 @@ func recordCommand(path string, argv []string, stdout *os.File, signals <-chan o
 	events := collectEvents(recorder, handle)
 
 	rec := newRecording(profiles.Subject{ID: group.Name(), Name: filepath.Base(path), Command: argv}, filepath.Base(path), "syslatch record", profiles.GateFilter)
-	if err := child.proceed(); err != nil {
+	if err := child.proceed(launchOrder{Filter: seccomp.AllowAllFilter()}); err != nil {
 		_ = child.cmd.Wait()
 		return nil, 0, err
 	}
-	status, err := waitAll(filepath.Base(path), child.cmd, group, signals, messages)
+	status, err := waitAll(filepath.Base(path), "recording", child.cmd, group, signals, messages)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -215,17 +215,18 @@ func catchSignals() (_ <-chan os.Signal, stop func()) {
 	return signals, func() { signal.Stop(signals) }
 }
 
-// noticeAfter is how long a recording outlives its command without a word.
+// noticeAfter is how long a recording, or a run in phases, outlives its command
+// without a word.
 const noticeAfter = time.Second
 
 // waitAll waits for the command and then for every process that it left in
-// group.
+// group. doing is for people: "recording".
 //
 // While the command runs, signals are its own affair: those of the terminal
 // reach it by themselves, others are passed on, and only a second SIGTERM ends
 // the group. What it left gets SIGTERM at the first signal, so that its way to
 // end is recorded too, and SIGKILL at the second.
-func waitAll(name string, cmd *exec.Cmd, group *cgroup.Group, signals <-chan os.Signal, messages io.Writer) (int, error) {
+func waitAll(name, doing string, cmd *exec.Cmd, group *cgroup.Group, signals <-chan os.Signal, messages io.Writer) (int, error) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	asked := 0 // to end, and not by the terminal
@@ -280,8 +281,8 @@ func waitAll(name string, cmd *exec.Cmd, group *cgroup.Group, signals <-chan os.
 			return exitStatus(cmd.ProcessState), nil
 		case <-notice.C:
 			if left := members(group); len(left) > 0 {
-				fmt.Fprintf(messages, "syslatch: %s has ended; recording until what it left in the background has, too: %s (interrupt to end it)\n",
-					name, describeProcesses(left))
+				fmt.Fprintf(messages, "syslatch: %s has ended; %s until what it left in the background has, too: %s (interrupt to end it)\n",
+					name, doing, describeProcesses(left))
 			}
 		case <-signals:
 			asked++

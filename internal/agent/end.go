@@ -149,6 +149,12 @@ func (a *Agent) finish(in *instance) error {
 			return err
 		}
 	}
+	if in.Phases != nil && a.phases != nil {
+		a.phases.end(in.Container.ID)
+		if err := a.phases.endInside(in); err != nil {
+			return err
+		}
+	}
 	if err := a.release(in); err != nil {
 		return fmt.Errorf("release recording: %w", err)
 	}

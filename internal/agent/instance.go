@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -46,6 +47,9 @@ type instance struct {
 	// Injected is the digest of the seccomp profile that a hook put into the spec;
 	// empty if it put none there.
 	Injected string `json:"injected,omitempty"`
+	// Phases are what the plan of the decision's phases is made of, nil if it has
+	// none.
+	Phases *instancePhases `json:"phases,omitempty"`
 	// Trace is the file that the container's creator wants, nil for none.
 	Trace *trace.Request `json:"trace,omitempty"`
 
@@ -57,7 +61,10 @@ type instance struct {
 	busy     chan struct{} // holds a token while the instance is taken
 	pickedUp bool          // from an earlier process
 	handle   *bpf.Handle   // changes; nil if the kernel has no slot for it
-	gone     bool          // changes; nothing is left of it, neither here nor in the journal
+	barrier  barrier
+	limits   limits
+	inside   io.Closer // changes; serves its own socket, nil if nothing does
+	gone     bool      // changes; nothing is left of it, neither here nor in the journal
 
 	// Of this process only; guarded by Agent.mu.
 	ended    bool          // its end has begun

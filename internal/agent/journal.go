@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -34,6 +35,8 @@ type journal struct {
 const (
 	instanceSuffix  = ".json"
 	firstSeenSuffix = ".first-seen"
+	phaseSuffix     = ".phase"
+	frozenSuffix    = ".frozen"
 	newSuffix       = ".new"
 )
 
@@ -97,14 +100,8 @@ func (j *journal) save(in *instance) error {
 	if err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
-	path := j.path(in.Container.ID, instanceSuffix)
-	err = os.WriteFile(path+newSuffix, data, 0o600)
-	if err == nil {
-		err = os.Rename(path+newSuffix, path)
-	}
-	if err != nil {
-		_ = os.Remove(path + newSuffix) // there is only one error to tell
-		return fmt.Errorf("journal: %w", err)
+	if err := j.replace(j.path(in.Container.ID, instanceSuffix), data); err != nil {
+		return err
 	}
 	if !in.Record {
 		return nil
@@ -116,11 +113,64 @@ func (j *journal) save(in *instance) error {
 	return f.Close()
 }
 
+// replace makes or replaces a file.
+func (j *journal) replace(path string, data []byte) error {
+	err := os.WriteFile(path+newSuffix, data, 0o600)
+	if err == nil {
+		err = os.Rename(path+newSuffix, path)
+	}
+	if err != nil {
+		_ = os.Remove(path + newSuffix) // there is only one error to tell
+		return fmt.Errorf("journal: %w", err)
+	}
+	return nil
+}
+
+// phaseNow is where an instance with phases is.
+type phaseNow struct {
+	Phase      string       `json:"phase"`
+	Generation uint64       `json:"generation"`
+	Original   []limitValue `json:"original,omitempty"` // what phases changed
+}
+
+// savePhase replaces an instance's phase. Its calls come one after the other.
+func (j *journal) savePhase(id string, now phaseNow) error {
+	data, err := json.Marshal(now)
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return j.replace(j.path(id, phaseSuffix), data)
+}
+
+// hasPhases says whether any instance has phases.
+func (j *journal) hasPhases() bool {
+	ids, _ := j.ids()
+	return slices.ContainsFunc(ids, func(id string) bool {
+		in, err := j.instance(id)
+		return err == nil && in.Phases != nil // what can't be read is reported by load
+	})
+}
+
+// phase is what savePhase kept; of an instance that was never switched it is zero.
+func (j *journal) phase(id string) (now phaseNow, err error) {
+	data, err := os.ReadFile(j.path(id, phaseSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		return now, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &now)
+	}
+	if err != nil {
+		err = fmt.Errorf("journal %s: %w", j.path(id, phaseSuffix), err)
+	}
+	return now, err
+}
+
 func (j *journal) remove(id string) error {
 	if err := j.next("remove"); err != nil {
 		return err
 	}
-	for _, suffix := range []string{firstSeenSuffix, instanceSuffix} { // the instance last: load finds the rest by it
+	for _, suffix := range []string{firstSeenSuffix, phaseSuffix, frozenSuffix, instanceSuffix} { // the instance last: load finds the rest by it
 		if err := os.Remove(j.path(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("journal: %w", err)
 		}
@@ -145,8 +195,13 @@ func (j *journal) load() (instances []*instance, problems []error) {
 	for _, e := range entries {
 		id, ok := strings.CutSuffix(e.Name(), instanceSuffix)
 		if !ok {
-			id, isEvents := strings.CutSuffix(e.Name(), firstSeenSuffix)
-			if strings.HasSuffix(e.Name(), newSuffix) || isEvents && !ids[id] {
+			id, belongs := strings.CutSuffix(e.Name(), firstSeenSuffix)
+			for _, suffix := range []string{phaseSuffix, frozenSuffix} {
+				if !belongs {
+					id, belongs = strings.CutSuffix(e.Name(), suffix)
+				}
+			}
+			if strings.HasSuffix(e.Name(), newSuffix) || belongs && !ids[id] {
 				if err := os.Remove(filepath.Join(j.dir, e.Name())); err != nil {
 					problems = append(problems, fmt.Errorf("journal: %w", err))
 				}

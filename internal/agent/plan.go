@@ -62,6 +62,17 @@ func (a *Agent) plan(ctx context.Context, c policy.Container, d policy.Decision,
 	if err := a.enter(ctx, in); err != nil {
 		return nil, err
 	}
+	if in.Phases != nil {
+		_, err := a.phases.supervise(in, phaseNow{Phase: d.Phase})
+		if err == nil {
+			err = a.phases.serveInside(in)
+		}
+		if err != nil {
+			a.change(func() { a.end(in) })
+			return nil, err
+		}
+		plan.Mounts = a.phases.mounts(in)
+	}
 	return plan, nil
 }
 
@@ -71,7 +82,7 @@ func (a *Agent) build(ctx context.Context, c policy.Container, d policy.Decision
 		return nil, nil, err
 	}
 	var version *profiles.Version
-	if d.Mode == policy.ModeEnforce || d.Mode == policy.ModeAudit {
+	if d.Phases == nil && (d.Mode == policy.ModeEnforce || d.Mode == policy.ModeAudit) {
 		if err := a.awaitPublication(ctx, d.Workload); err != nil {
 			return nil, nil, err
 		}
@@ -86,7 +97,19 @@ func (a *Agent) build(ctx context.Context, c policy.Container, d policy.Decision
 	if err != nil {
 		return nil, nil, err
 	}
-	plan, err := adjust.Build(adjust.Input{Decision: d, Container: c, Version: version, Runtime: runtime})
+	input := adjust.Input{Decision: d, Container: c, Version: version, Runtime: runtime}
+	var phases *instancePhases
+	if d.Phases != nil {
+		if a.phases == nil {
+			return nil, nil, fmt.Errorf("%w: phases of policy %s: only syslatchd supervises them, for containers of containerd and CRI-O", adjust.ErrNotApplicable, d.Policy)
+		}
+		var compiled *profiles.PhasePlan
+		if phases, compiled, err = a.phases.compile(&d, runtime); err != nil {
+			return nil, nil, err
+		}
+		input.Phases = compiled.Profile
+	}
+	plan, err := adjust.Build(input)
 	if errors.Is(err, adjust.ErrNoVersion) {
 		if id, why := a.unpublished(d.Workload); why != nil {
 			err = fmt.Errorf("%w; the recording of container %s is kept and not published yet: %w", err, id, why)
@@ -106,7 +129,7 @@ func (a *Agent) build(ctx context.Context, c policy.Container, d policy.Decision
 	in := (&instance{
 		Container: c, Decision: d, Planned: time.Now().UTC(),
 		Record: plan.Record, Expect: plan.Expect,
-		Version: plan.Version, Digest: plan.Digest,
+		Version: plan.Version, Digest: plan.Digest, Phases: phases,
 	}).prepare()
 	if plan.Record {
 		in.record(plan.Gate, runtime)

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -123,7 +124,7 @@ func TestWithTheRecorder(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	if _, err := goW.Write([]byte{1}); err != nil {
+	if err := json.NewEncoder(goW).Encode(launchOrder{Filter: seccomp.AllowAllFilter()}); err != nil {
 		t.Fatal(err)
 	}
 	goW.Close()

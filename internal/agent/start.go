@@ -103,6 +103,9 @@ func (a *Agent) attach(in *instance, pid int) error {
 		}
 	})
 	err = a.journal.save(in)
+	if err == nil {
+		err = a.phases.attached(in, pid)
+	}
 	if err == nil && late != "" {
 		err = a.trackLate(in)
 	}

@@ -58,8 +58,14 @@ func (a *Agent) pickUp() error {
 		}
 	}
 	a.mu.Unlock()
+	held := a.phases.held()
 	for _, in := range known {
 		a.instanceLog(in).Info("instance picked up")
+		a.pickUpPhases(in, held[in.Container.ID])
+		delete(held, in.Container.ID)
+	}
+	for _, files := range held {
+		a.phases.release(files)
 	}
 	for _, s := range strange {
 		a.log.WithFields(logrus.Fields{"cgroup_id": s.RootCgroup, "slot": s.Handle, "bpffs": a.policy.BPFFS}).
@@ -145,6 +151,7 @@ func (a *Agent) sweep() {
 			if err := a.safely("look after instances", a.sweepOnce); err != nil {
 				a.log.WithError(err).Error("instances not looked after; tried again later")
 			}
+			a.phases.checkHolder()
 			a.collectHooks()
 		}
 	}

@@ -4,7 +4,9 @@
 // that scripts can rely on and the way an error becomes one.
 //
 // Exit codes: 0 success, 1 the operation was refused or came to nothing, 2 the
-// command line was wrong. `syslatch record` and `syslatch run` follow the
+// command line was wrong. `syslatch phase set` tells two refusals apart: 3 the switch
+// was refused and nothing has changed, 4 it was begun and doesn't hold for every task
+// yet. `syslatch record` and `syslatch run` follow the
 // container tools instead, because the status belongs to the command they run:
 // 125 syslatch itself, 126 the command can't be executed, 127 it wasn't found.
 package cli
@@ -23,6 +25,8 @@ import (
 const (
 	ExitFailure    = 1
 	ExitUsage      = 2
+	ExitRefused    = 3
+	ExitIncomplete = 4
 	ExitSyslatch   = 125
 	ExitCannotExec = 126
 	ExitNotFound   = 127

@@ -58,6 +58,10 @@ var rules = map[string]rule{
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy"},
 		why: "the store keeps what it is given",
 	},
+	"./internal/api": {
+		not: []string{"./profiles", "./bpf", "./plugin", "./hook", "./internal/adjust", "./internal/agent", "./internal/cgroup", "./internal/policy", "./internal/seccomp", "./internal/store"},
+		why: "the API knows phases by their names; who supervises them is handed to it",
+	},
 	"./internal/seccomp": {
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy", "./internal/store"},
 		why: "filters are compiled from profiles, whoever asks",
@@ -124,6 +128,7 @@ func TestImportsFindsViolations(t *testing.T) {
 		"cmd/syslatch/bad.go: imports ./internal/adjust",
 		"hook/bad.go: imports ./plugin",
 		"internal/adjust/bad.go: imports os/exec",
+		"internal/api/bad.go: imports ./internal/policy",
 		"internal/audit/bad.go: imports ./profiles",
 		"internal/cgroup/bad.go: imports ./profiles",
 		"internal/other/bad.go: imports C",

@@ -5,6 +5,7 @@ package policy
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
@@ -74,7 +75,35 @@ func (p *Policy) decide(c Container, im image) (Decision, error) {
 		return d, fmt.Errorf("policy %s: %w", p.Name, err)
 	}
 	d.Workload = workload
+	if mode == ModeEnforce && p.Phases != nil {
+		if d.Phase, err = p.phase(c, &d); err != nil {
+			d.Failure = FailureDeny
+			return d, fmt.Errorf("policy %s: %w", p.Name, err)
+		}
+		d.Phases = p.Phases
+	}
 	return d, nil
+}
+
+// phase is the one that a container begins in.
+func (p *Policy) phase(c Container, d *Decision) (string, error) {
+	value, key, ok := annotation(c, AnnotationPhase)
+	if !ok {
+		return p.Phases.Initial, nil
+	}
+	if !slices.Contains(p.Annotations, FieldPhase) {
+		d.Reasons = append(d.Reasons, fmt.Sprintf("annotation %s ignored: the policy doesn't let pods choose the phase", key))
+		return p.Phases.Initial, nil
+	}
+	var names []string
+	for _, phase := range p.Phases.Phases {
+		names = append(names, phase.Name)
+	}
+	if !slices.Contains(names, value) {
+		return "", fmt.Errorf("%w %s: value %s, want %s", ErrAnnotation, key, quote(value), oneOf(names))
+	}
+	d.Reasons = append(d.Reasons, fmt.Sprintf("phase %s from annotation %s", value, key))
+	return value, nil
 }
 
 // userPrefix begins the workloads of rootless containers, "user@1000/", and no
@@ -173,17 +202,17 @@ func strangeAnnotations(annotations map[string]string) []string {
 	var strange []string
 	for k := range annotations {
 		key, scope, scoped := strings.Cut(k, "/")
-		if key == plainDomain && k != plainKeys[AnnotationMode] && k != plainKeys[AnnotationWorkload] {
-			strange = append(strange, fmt.Sprintf("annotation %s ignored: want %s or %s", quote(k), plainKeys[AnnotationMode], plainKeys[AnnotationWorkload]))
+		if key == plainDomain && !slices.Contains(slices.Collect(maps.Values(plainKeys)), k) {
+			strange = append(strange, fmt.Sprintf("annotation %s ignored: want %s, %s or %s", quote(k), plainKeys[AnnotationMode], plainKeys[AnnotationWorkload], plainKeys[AnnotationPhase]))
 			continue
 		}
 		if !strings.HasSuffix(key, ".syslatch.dev") {
 			continue
 		}
-		known := key == AnnotationMode || key == AnnotationWorkload
+		_, known := plainKeys[key]
 		if !known || scoped && scope != "pod" && !strings.HasPrefix(scope, "container.") {
-			strange = append(strange, fmt.Sprintf("annotation %s ignored: want %s or %s, with /container.NAME, /pod or nothing behind it",
-				quote(k), AnnotationMode, AnnotationWorkload))
+			strange = append(strange, fmt.Sprintf("annotation %s ignored: want %s, %s or %s, with /container.NAME, /pod or nothing behind it",
+				quote(k), AnnotationMode, AnnotationWorkload, AnnotationPhase))
 		}
 	}
 	slices.Sort(strange)

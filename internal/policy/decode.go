@@ -316,7 +316,7 @@ func (v value) policy() (Policy, bool) {
 		"mode":     func(v value) { modeAt = v; choiceInto(v, &p.Mode, modes) },
 		"workload": func(v value) { v.templateInto(&p.Workload) },
 		"annotations": func(v value) {
-			p.Annotations = choices(v, []AnnotationField{FieldMode, FieldWorkload})
+			p.Annotations = choices(v, []AnnotationField{FieldMode, FieldWorkload, FieldPhase})
 		},
 		"allowedModes": func(v value) { allowedAt = v; p.AllowedModes = choices(v, modes) },
 		"limits":       func(v value) { v.limits(&p.Limits) },
@@ -349,6 +349,12 @@ func (v value) policy() (Policy, bool) {
 		v.errorf("annotations has mode, so allowedModes is required: the modes that a pod may choose")
 	case !choosesMode && seen["allowedModes"] && allowedAt.Node != nil:
 		allowedAt.errorf("has no effect without mode in annotations")
+	}
+	if slices.Contains(p.Annotations, FieldPhase) && !seen["phases"] {
+		v.errorf("annotations has phase, and there are no phases to choose from")
+	}
+	if seen["phases"] && seen["mode"] && p.Mode != "" && p.Mode != ModeOff && p.Mode != ModeEnforce && !slices.Contains(p.AllowedModes, ModeEnforce) {
+		modeAt.errorf("%s denies nothing, phases would have no effect; want enforce, or enforce among allowedModes", p.Mode)
 	}
 	for _, call := range p.MustDeny {
 		if slices.Contains(p.MustAllow, call) {

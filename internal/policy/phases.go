@@ -20,15 +20,18 @@ import (
 // fault, and checked nevertheless.
 func (v value) phases(p *Policy) {
 	if !v.d.opts.Phases {
-		v.errorf("are not enforced by this version, and are not ignored either: remove them ('syslatch profile phases' shows what they compile to)")
+		v.errorf("are not enforced by this program, and are not ignored either: remove them ('syslatch profile phases' shows what they compile to)")
 	}
 	if v.Kind != yaml.MappingNode || v.ShortTag() != "!!map" || len(v.Content) == 0 {
 		v.errorf("is %s, want initial and a mapping for each phase; leave the field out for none", v.describe())
 		return
 	}
-	ps := &Phases{}
+	ps := &Phases{Gaps: GapsDeny}
 	faults := len(v.d.errs)
-	known := fields{"initial": func(v value) { v.stringInto(&ps.Initial) }}
+	known := fields{
+		"initial": func(v value) { v.stringInto(&ps.Initial) },
+		"gaps":    func(v value) { choiceInto(v, &ps.Gaps, []Gaps{GapsDeny, GapsReport}) },
+	}
 	for i := 0; i+1 < len(v.Content); i += 2 {
 		key := v.Content[i]
 		if key.Kind != yaml.ScalarNode || known[key.Value] != nil {

@@ -21,6 +21,7 @@ policies:
   mustDeny: [bpf]
   phases:
     initial: read_only
+    gaps: report
     read_only:
       allow:
       - "@file-read"
@@ -46,8 +47,8 @@ func TestParsePhases(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &Phases{Initial: "read_only", Phases: []Phase{
-		{Line: 9, Phase: profiles.Phase{
+	want := &Phases{Initial: "read_only", Gaps: GapsReport, Phases: []Phase{
+		{Line: 10, Phase: profiles.Phase{
 			Name: "read_only",
 			Allow: []profiles.PhaseRule{
 				{Names: []string{"@file-read"}},
@@ -60,13 +61,13 @@ func TestParsePhases(t *testing.T) {
 			ReadPaths: []string{"/app", "/"}, WritePaths: []string{}, Network: []string{}, Next: []string{"network"},
 		}},
 		{
-			Line: 21, Phase: profiles.Phase{
+			Line: 22, Phase: profiles.Phase{
 				Name: "network", WritePaths: []string{"/var/log"}, Network: []string{"unix", "10.0.0.0/8:443", "[2001:db8::]/32", "192.0.2.1"},
 			},
 			Limits: Limits{Memory: Memory{Max: ptr[int64](64 << 20)}, Pids: ptr[int64](16), OOMScoreAdj: ptr(500), Unified: map[string]string{"memory.high": "32Mi"}},
 		},
-		{Line: 25, Phase: profiles.Phase{Name: "any"}},
-		{Line: 26, Phase: profiles.Phase{Name: "locked", Irreversible: true}},
+		{Line: 26, Phase: profiles.Phase{Name: "any"}},
+		{Line: 27, Phase: profiles.Phase{Name: "locked", Irreversible: true}},
 	}}
 	if diff := cmp.Diff(want, got.Policies[0].Phases); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)

@@ -64,6 +64,7 @@ const (
 const (
 	AnnotationMode     = "mode.syslatch.dev"
 	AnnotationWorkload = "workload.syslatch.dev"
+	AnnotationPhase    = "phase.syslatch.dev" // to begin in
 )
 
 // plainKeys are further forms of a bare KEY, of the least precedence: what one
@@ -71,6 +72,7 @@ const (
 var plainKeys = map[string]string{
 	AnnotationMode:     "syslatch.dev/mode",
 	AnnotationWorkload: "syslatch.dev/workload",
+	AnnotationPhase:    "syslatch.dev/phase",
 }
 
 // AnnotationTrace is that of oci-seccomp-bpf-hook, which syslatch-hook serves
@@ -132,6 +134,7 @@ type AnnotationField string
 const (
 	FieldMode     AnnotationField = "mode"
 	FieldWorkload AnnotationField = "workload"
+	FieldPhase    AnnotationField = "phase"
 )
 
 // File is a configuration file. Its paths are absolute and clean.
@@ -208,8 +211,18 @@ type Policy struct {
 // Phases are what a container may do for stretches of its life, in the file's order.
 type Phases struct {
 	Initial string
+	Gaps    Gaps
 	Phases  []Phase
 }
+
+// Gaps says what becomes of a container whose phases can't be enforced as they are
+// written, on the host where it starts.
+type Gaps string
+
+const (
+	GapsDeny   Gaps = "deny"   // it doesn't start
+	GapsReport Gaps = "report" // it runs, and what isn't enforced is named
+)
 
 // Phase is one of them.
 type Phase struct {
@@ -248,6 +261,12 @@ type Limits struct {
 	Unified     map[string]string `json:"unified,omitempty"`     // cgroup v2 file -> what is written
 	OOMScoreAdj *int              `json:"oomScoreAdj,omitempty"` // -1000 to 1000
 	Rlimits     []Rlimit          `json:"rlimits,omitempty"`
+}
+
+// None says whether no limit is set.
+func (l *Limits) None() bool {
+	return l.Memory == (Memory{}) && l.CPU == (CPU{}) && l.Pids == nil && l.IO.Weight == 0 && len(l.IO.Max) == 0 &&
+		len(l.Unified) == 0 && l.OOMScoreAdj == nil && len(l.Rlimits) == 0
 }
 
 // Unlimited is the value of a limit that the file gives as "max".
@@ -361,6 +380,9 @@ type Decision struct {
 	Activate        Activate        `json:"activate,omitempty"`
 	Failure         Failure         `json:"failure"`
 	AllowLosses     bool            `json:"allowLosses,omitempty"`
+	// Phases are in force in mode enforce, from Phase on; nil if there are none.
+	Phases *Phases `json:"phases,omitempty"`
+	Phase  string  `json:"phase,omitempty"`
 	// Reasons are sentences for the log: which policy matched, which
 	// annotation was used or ignored, and why.
 	Reasons []string `json:"reasons,omitempty"`

@@ -21,6 +21,8 @@ type ExecOptions struct {
 	// on standard error when the execve fails. The filter is in force by then,
 	// and likely too tight for a Go program to return an error.
 	ExitOnFailure int
+	// Handover, if not nil, has the filter's listener sent to a supervisor.
+	Handover *Handover
 }
 
 // LoadAndExec loads a filter on the calling thread and executes path, without
@@ -29,7 +31,8 @@ type ExecOptions struct {
 // a call of its own (memory, limits, signals) is done before.
 //
 // The kernel ends the process's other threads at the execve; they never have
-// the filter.
+// the filter. With a Handover one of them sends the listener while the execve, of
+// which the filter notifies, waits for the supervisor.
 func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) error {
 	if len(f) == 0 || len(f) > unix.BPF_MAXINSNS {
 		return fmt.Errorf("filter of %d instructions, want 1 to %d", len(f), unix.BPF_MAXINSNS)
@@ -50,7 +53,7 @@ func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) er
 
 	var messages *[maxMessages][]byte
 	if opts.ExitOnFailure != 0 {
-		messages = failureMessages(path)
+		messages = failureMessages(path, opts.Handover != nil)
 	}
 
 	runtime.LockOSThread()
@@ -63,18 +66,30 @@ func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) er
 			return fmt.Errorf("prctl(PR_SET_NO_NEW_PRIVS): %w", err)
 		}
 	}
+	var flags uintptr
+	var h *handover
+	var listener *uint32
+	if opts.Handover != nil {
+		if h, err = opts.Handover.start(f); err != nil {
+			return fmt.Errorf("handover: %w", err)
+		}
+		flags, listener = h.flags, (*uint32)(&h.c.listener)
+	}
 	var handlers [lastSignal + 1]kernelSigaction
 	resetSignals(&handlers)
-	loaded, errno := loadAndExec(&prog, pathp, &argvp[0], &envp[0], messages, uintptr(opts.ExitOnFailure))
+	loaded, errno := loadAndExec(&prog, flags, listener, pathp, &argvp[0], &envp[0], messages, uintptr(opts.ExitOnFailure))
 	runtime.KeepAlive(f)
 	runtime.KeepAlive(argvp)
 	runtime.KeepAlive(envp)
 	if !loaded {
-		restoreSignals(&handlers)
-		if errno == unix.EACCES {
-			return fmt.Errorf("seccomp(2): %w: no_new_privs or CAP_SYS_ADMIN is needed", errno)
+		if h != nil {
+			*listener = noListener
 		}
-		return fmt.Errorf("seccomp(2): %w", errno)
+		restoreSignals(&handlers)
+		return loadError(errno, flags)
+	}
+	if h != nil && h.c.failed != 0 {
+		return fmt.Errorf("%w: the listener could not be sent to the supervisor: %w", &ExecError{path, errno}, unix.Errno(h.c.failed))
 	}
 	return &ExecError{Path: path, Err: errno}
 }
@@ -120,10 +135,14 @@ func sigaction(signal int, set, old *kernelSigaction) {
 const maxMessages = 256
 
 //go:nosplit
-func loadAndExec(prog *unix.SockFprog, path *byte, argv, env **byte, messages *[maxMessages][]byte, status uintptr) (loaded bool, _ syscall.Errno) {
-	_, _, errno := syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, 0, uintptr(unsafe.Pointer(prog)))
+//go:norace
+func loadAndExec(prog *unix.SockFprog, flags uintptr, listener *uint32, path *byte, argv, env **byte, messages *[maxMessages][]byte, status uintptr) (loaded bool, _ syscall.Errno) {
+	fd, _, errno := syscall.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(prog)))
 	if errno != 0 {
 		return false, errno
+	}
+	if listener != nil {
+		*listener = uint32(fd) + firstListener
 	}
 	_, _, errno = syscall.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(path)), uintptr(unsafe.Pointer(argv)), uintptr(unsafe.Pointer(env)))
 	if messages == nil {
@@ -139,14 +158,19 @@ func loadAndExec(prog *unix.SockFprog, path *byte, argv, env **byte, messages *[
 }
 
 // failureMessages are what is said of an execve that fails with each errno.
-func failureMessages(path string) *[maxMessages][]byte {
+func failureMessages(path string, supervised bool) *[maxMessages][]byte {
 	var out [maxMessages][]byte
 	for e := range out {
 		if e > 133 { // EHWPOISON: execve has no others
 			break
 		}
 		hint := ""
-		if e == int(unix.EPERM) || e == int(unix.ENOSYS) {
+		switch {
+		case supervised && e == int(unix.ENOSYS):
+			hint = " (its supervisor is gone)"
+		case supervised && e == int(unix.EPERM):
+			hint = " (does its supervisor allow execve?)"
+		case e == int(unix.EPERM) || e == int(unix.ENOSYS):
 			hint = " (does the profile allow execve?)"
 		}
 		out[e] = fmt.Appendf(nil, "syslatch: execute %s: %v%s\n", path, syscall.Errno(e), hint)

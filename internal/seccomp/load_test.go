@@ -12,9 +12,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"unsafe"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -58,8 +60,28 @@ func TestMain(m *testing.M) {
 // helper reads a filter from standard input. "ask" loads it on one thread and
 // answers what each probe got before and after; "threads" loads it on all and
 // answers what another thread gets; "exec" executes its arguments under it,
-// "storm" does so under a storm of signals.
+// "storm" does so under a storm of signals. "receive", "getuid" and
+// "block" are for other tests and read none.
 func helper(mode string, args []string) error {
+	switch mode {
+	case "receive": // one call, of which nothing becomes
+		var n notif
+		for {
+			_, _, errno := unix.Syscall(unix.SYS_IOCTL, 3, unix.SECCOMP_IOCTL_NOTIF_RECV, uintptr(unsafe.Pointer(&n)))
+			switch errno {
+			case 0:
+				return nil
+			case unix.EINTR, unix.ENOENT: // a signal of Go's came, here or there
+			default:
+				return errno
+			}
+		}
+	case "block": // for TestBarrier
+		return block(os.Getenv("CALL"))
+	case "getuid": // exit with its errno
+		_, _, errno := unix.Syscall(unix.SYS_GETUID, 0, 0, 0)
+		os.Exit(int(errno))
+	}
 	raw, err := io.ReadAll(os.Stdin)
 	if err != nil {
 		return err
@@ -97,13 +119,23 @@ func helper(mode string, args []string) error {
 		return binary.Write(os.Stdout, binary.NativeEndian, append(before, <-answer...))
 	case "exec":
 		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: 126}, args[0], args, []string{"GREETING=hello"})
+	case "handover": // exec, with the listener sent over descriptor 3
+		conn, err := inherited(3)
+		if err != nil {
+			return err
+		}
+		h := &Handover{Conn: conn, State: specs.ContainerProcessState{Metadata: os.Getenv("METADATA"), State: specs.State{ID: "a run"}}}
+		h.WaitKillable = os.Getenv("WAIT_KILLABLE") != ""
+		h.State.Metadata += strings.Repeat("x", sizeOf(os.Getenv("LONG")))
+		status, _ := strconv.Atoi(os.Getenv("STATUS"))
+		if os.Getenv("STORM") != "" {
+			runtime.LockOSThread()
+			storm()
+		}
+		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: status, Handover: h}, args[0], args, nil)
 	case "storm": // exec, while another thread sends signals to this one
 		runtime.LockOSThread()
-		pid, tid := os.Getpid(), unix.Gettid()
-		go func() {
-			for unix.Tgkill(pid, tid, unix.SIGURG) == nil { // until the execve ends this thread
-			}
-		}()
+		storm()
 		return LoadAndExec(f, ExecOptions{NoNewPrivs: true, ExitOnFailure: 126}, args[0], args, nil)
 	case "refused":
 		// Without CAP_SYS_ADMIN the kernel wants no_new_privs.
@@ -124,6 +156,15 @@ func helper(mode string, args []string) error {
 		return nil
 	}
 	return fmt.Errorf("no helper %q", mode)
+}
+
+// storm sends signals to the calling thread, until the execve ends the sender.
+func storm() {
+	pid, tid := os.Getpid(), unix.Gettid()
+	go func() {
+		for unix.Tgkill(pid, tid, unix.SIGURG) == nil {
+		}
+	}()
 }
 
 // runHelper runs this binary under a filter.

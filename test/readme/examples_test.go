@@ -16,6 +16,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/syslatch/syslatch/internal/api/apitest"
 	"github.com/syslatch/syslatch/internal/store"
 	"github.com/syslatch/syslatch/profiles"
 )
@@ -136,6 +137,13 @@ func TestExamplesOfHelp(t *testing.T) {
 		}
 	}
 
+	supervisor := apitest.New(apitest.Instance(agentID, "agent"))
+	phases := servePhases(t, supervisor)
+	go func() { // the first that watches sees it end
+		supervisor.AwaitWatchers(1)
+		supervisor.End(agentID)
+	}()
+
 	all := examples(t)
 	slices.Sort(all)
 	all = slices.Compact(all)
@@ -161,7 +169,7 @@ func TestExamplesOfHelp(t *testing.T) {
 			defer os.RemoveAll(scratch)
 			cmd := exec.Command("bash", "-o", "pipefail", "-c", "mount -t bpf bpf /sys/fs/bpf && "+node+nodeStore+line)
 			cmd.Dir = dir
-			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SCRATCH="+scratch, fmt.Sprint("PID=", reader))
+			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SYSLATCH_SOCKET="+phases, "SCRATCH="+scratch, fmt.Sprint("PID=", reader))
 			cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 			out, err := cmd.CombinedOutput()
 			if err != nil && !(refused.MatchString(line) && slices.Contains([]int{1, 125}, cmd.ProcessState.ExitCode())) {

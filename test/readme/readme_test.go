@@ -3,16 +3,19 @@
 // Package readme holds only tests: what the README shows is so, and the examples
 // of every --help run.
 //
-// Blocks of README.md marked `console` are run, line by line, and must print what
-// is shown: "…" stands for anything, also for lines, and a number for any number.
-// `yaml` blocks are policies, and there as policy.yaml for what follows, `toml` and `sh` blocks must at least be of that
-// language. The commands run in a mount namespace of their own.
+// Blocks marked `console` are run, line by line, and must print what is shown: "…"
+// stands for anything, also for lines, and a number for any number. What they ask of
+// the API of phases is answered. `yaml` blocks are policies, and there as policy.yaml
+// for what follows, `toml` and `sh` blocks must at least be of that language. The
+// commands run in a mount namespace of their own.
 package readme
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,7 +26,10 @@ import (
 	"testing"
 
 	"github.com/pelletier/go-toml/v2"
+	"github.com/sirupsen/logrus"
 
+	"github.com/syslatch/syslatch/internal/api"
+	"github.com/syslatch/syslatch/internal/api/apitest"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
@@ -52,6 +58,35 @@ func runTests(m *testing.M) (_ int, err error) {
 		return 0, fmt.Errorf("build: %w\n%s", err, out)
 	}
 	return m.Run(), nil
+}
+
+// agentID is the container of what is shown of phases.
+const agentID = "4f2a91c0ffee000000000000000000000000000000000000000000000000aaaa"
+
+// servePhases serves the API of phases with a supervisor that only keeps words, until
+// the test ends, and gives the socket.
+func servePhases(t *testing.T, s *apitest.Supervisor) string {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "api.sock")
+	l, err := api.Listen(socket, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	logger := logrus.New()
+	logger.SetOutput(io.Discard)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := (&api.Server{Phases: s, Events: s, Log: logrus.NewEntry(logger)}).Serve(ctx, l); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	return socket
 }
 
 // block is a fenced block of a Markdown file.
@@ -90,6 +125,7 @@ func blocks(t *testing.T, file string) (out []block) {
 
 func TestBlocks(t *testing.T) {
 	kinds := map[string]int{}
+	phases := servePhases(t, apitest.New(apitest.Instance(agentID, "agent")))
 	for _, file := range []string{"README.md", "contrib/README.md", "docs/policy.md", "docs/phases.md"} {
 		scratch := t.TempDir() // later blocks use what earlier ones made
 		for _, b := range blocks(t, file) {
@@ -97,7 +133,7 @@ func TestBlocks(t *testing.T) {
 			t.Run(fmt.Sprintf("%s:%d", b.file, b.line), func(t *testing.T) {
 				switch b.language {
 				case "console":
-					console(t, b, scratch)
+					console(t, b, scratch, phases)
 				case "yaml":
 					shown := b.file == "docs/phases.md" // what no program takes yet
 					if _, err := policy.Parse(b.file, []byte(b.text), policy.Options{KnownCall: seccomp.Known, Phases: shown}); err != nil {
@@ -135,7 +171,7 @@ func TestBlocks(t *testing.T) {
 
 // console runs a block's "$ " lines and compares what follows them. Lines that
 // start with "$ " below `make` are what it prints.
-func console(t *testing.T, b block, scratch string) {
+func console(t *testing.T, b block, scratch, phases string) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -154,7 +190,7 @@ func console(t *testing.T, b block, scratch string) {
 		for i++; i < len(lines) && (all || !strings.HasPrefix(lines[i], "$ ")); i++ {
 			want = append(want, lines[i])
 		}
-		got := shell(t, dir, command)
+		got := shell(t, dir, strings.ReplaceAll(command, api.DefaultSocket, phases), "SYSLATCH_SOCKET="+phases)
 		if problem := compare(want, strings.Split(strings.TrimSuffix(got, "\n"), "\n")); problem != "" {
 			t.Errorf("line %d, %s: %s\ngot:\n%s", at, command, problem, got)
 		}
@@ -163,11 +199,11 @@ func console(t *testing.T, b block, scratch string) {
 
 // shell runs a line as the reader would, and returns what it prints. Its mounts
 // are private, with a bpffs where hosts have one.
-func shell(t *testing.T, dir, line string) string {
+func shell(t *testing.T, dir, line string, env ...string) string {
 	t.Helper()
 	cmd := exec.Command("/bin/sh", "-c", "mount -t bpf bpf /sys/fs/bpf && exec /bin/sh -c \"$1\"", "sh", line)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"))
+	cmd.Env = append(append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH")), env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/cgroup"
+)
+
+// limits are the limits of one container that phases change. A phase that has none
+// for a file gets back what the file held before any phase changed it.
+type limits struct {
+	mu       sync.Mutex
+	original []limitValue // guarded by mu
+}
+
+// limitValue is a file of the container's cgroup, or of /proc/PID, and what it held.
+type limitValue struct {
+	Source     adjust.Source `json:"source"`
+	Controller string        `json:"controller,omitempty"`
+	File       string        `json:"file"`
+	Content    string        `json:"content"`
+}
+
+func (v *limitValue) of(e *adjust.Expectation) bool {
+	return v.Source == e.Source && v.Controller == e.Controller && v.File == e.File
+}
+
+func (l *limits) snapshot() []limitValue {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.Clone(l.original)
+}
+
+func (l *limits) restore(original []limitValue) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.original = original
+}
+
+// set writes what is wanted of a container whose first process is pid, and puts back
+// what isn't wanted any more, then reads both back. On v1 the order of some writes
+// matters (memory and memory.memsw), so what fails is tried again after the others.
+func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p, err := cgroup.OpenProcess(pid)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	for i := range want {
+		e := &want[i]
+		if slices.ContainsFunc(l.original, func(v limitValue) bool { return v.of(e) }) {
+			continue
+		}
+		content, err := h.Read(pid, *e)
+		if err != nil {
+			if e.Optional && errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			return err
+		}
+		l.original = append(l.original, limitValue{e.Source, e.Controller, e.File, content})
+	}
+	todo := slices.Clone(want)
+	for _, v := range l.original {
+		if !slices.ContainsFunc(want, func(e adjust.Expectation) bool { return v.of(&e) }) {
+			todo = append(todo, adjust.Expectation{Source: v.Source, Controller: v.Controller, File: v.File, Want: v.Content, Rule: adjust.RuleEqual})
+		}
+	}
+	var left []adjust.Expectation
+	for _, e := range todo {
+		if err := writeLimit(h, p, e); err != nil {
+			left = append(left, e)
+		}
+	}
+	var errs []error
+	for _, e := range left {
+		if err := writeLimit(h, p, e); err != nil && (!e.Optional || !errors.Is(err, fs.ErrNotExist)) {
+			errs = append(errs, err)
+		}
+	}
+	if len(errs) > 0 {
+		return errors.Join(errs...)
+	}
+	return mismatchError(adjust.Verify(todo, func(e adjust.Expectation) (string, error) { return h.Read(pid, e) }))
+}
+
+func writeLimit(h kernelHost, p *cgroup.Process, e adjust.Expectation) error {
+	if e.Source == adjust.SourceProc {
+		return writeScores(h, p, e.Want)
+	}
+	dir, err := h.DirOf(p, e.Controller)
+	if err != nil {
+		return err
+	}
+	want := e.Want
+	if e.Controller == "memory" && want == "max" {
+		want = "-1" // as v1 says it
+	}
+	// The kernel takes one line a write (io.max).
+	for line := range strings.Lines(want) {
+		if err := writeFile(filepath.Join(dir, e.File), strings.TrimSpace(line)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeFile writes to a file that is there.
+func writeFile(path, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("write %q: %w", text, err)
+	}
+	return nil
+}
+
+// writeScores sets oom_score_adj of every process of a container. Those that are
+// forked meanwhile have their parent's, so it looks again until nothing changes.
+func writeScores(h kernelHost, p *cgroup.Process, want string) error {
+	dir, err := h.DirOf(p, "")
+	if err != nil {
+		return err
+	}
+	const rounds = 16
+	for range rounds {
+		below, err := cgroup.Children(dir)
+		if err != nil {
+			return err
+		}
+		changed := false
+		for _, d := range append(below, dir) {
+			for _, pid := range procs(d) {
+				path := "/proc/" + strconv.Itoa(pid) + "/oom_score_adj"
+				is, err := os.ReadFile(path)
+				if err == nil && strings.TrimSpace(string(is)) != want {
+					changed = true
+					err = writeFile(path, want)
+				}
+				if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+					return err
+				}
+			}
+		}
+		if !changed {
+			return nil
+		}
+	}
+	return fmt.Errorf("oom_score_adj: processes with another value kept coming in %d rounds", rounds)
+}

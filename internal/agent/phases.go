@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
+)
+
+// RunPhasesOptions say what RunPhases runs, and in which phases.
+type RunPhasesOptions struct {
+	Command []string
+	Policy  *policy.Policy // with phases
+	Phase   string         // to begin in; empty is the policy's initial one
+	Gaps    policy.Gaps    // empty is the policy's
+	ID      string         // of the instance; empty is "run-PID"
+	Events  string         // path of a file for JSON lines of phase.Event; empty for none
+	// Serve, if not nil, lets others switch phases while the command runs.
+	Serve      func(*phase.Supervisor) (io.Closer, error)
+	NoNewPrivs bool
+	Log        *logrus.Entry
+	Messages   io.Writer
+}
+
+// phaseHost is what phases can be enforced with.
+func phaseHost() (profiles.PhaseHost, *seccomp.Support, error) {
+	support, err := seccomp.Info()
+	if err != nil {
+		return profiles.PhaseHost{}, nil, err
+	}
+	return profiles.PhaseHost{Notify: support.Notify != nil && slices.Contains(support.Actions, specs.ActNotify)}, &support, nil
+}
+
+// GapsError refuses phases that can't be enforced as they are written.
+type GapsError struct {
+	Policy string
+	Gaps   []profiles.PhaseGap
+}
+
+func (e *GapsError) Error() string {
+	lines := []string{fmt.Sprintf("policy %s can't be enforced on this host as it is written:", e.Policy)}
+	for _, g := range e.Gaps {
+		lines = append(lines, "  - "+g.String())
+	}
+	return strings.Join(append(lines, "leave that out of the policy, or say 'gaps: report' in its phases to run it nevertheless"), "\n")
+}
+
+// RunPhases runs a command in the phases of a policy, in a cgroup of its own, and
+// supervises it until it and all that it left have ended. It returns the command's
+// exit status in the shell's form.
+//
+// The supervisor is this process: if it is killed, what the command's filter asks
+// about is answered ENOSYS, and denied thereby.
+func RunPhases(opts RunPhasesOptions) (status int, err error) {
+	signals, stop := catchSignals()
+	defer stop()
+	path, err := lookCommand(opts.Command[0])
+	if err != nil {
+		return 0, err
+	}
+	host, support, err := phaseHost()
+	if err != nil {
+		return 0, err
+	}
+	group, err := cgroup.New("run")
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		_ = group.Kill() // what is left was started in this group
+		_ = group.Wait(context.Background())
+		_ = group.Remove()
+	}()
+	programs, err := openEnforcer(&host, group)
+	if err != nil {
+		opts.Log.WithError(err).Debug("no BPF programs for phases") // the gaps say what that means
+	}
+	defer func() { err = errors.Join(err, programs.end()) }()
+	plan, err := profiles.CompilePhases(opts.Policy.Set(), host, profiles.PhaseOptions{
+		Architectures: opts.Policy.Architectures, NewerThanKernel: seccomp.NewerThan(seccomp.KernelRelease()),
+	})
+	if err != nil {
+		return 0, fmt.Errorf("policy %s: %w", opts.Policy.Name, err)
+	}
+	gaps := append(slices.Clone(plan.Gaps), limitGaps(opts.Policy.Phases)...)
+	if mode := opts.Gaps; len(gaps) > 0 && (mode == policy.GapsDeny || mode == "" && opts.Policy.Phases.Gaps == policy.GapsDeny) {
+		return 0, &GapsError{opts.Policy.Name, gaps}
+	}
+	for _, g := range gaps {
+		fmt.Fprintf(opts.Messages, "syslatch: not enforced: %s\n", g)
+	}
+	effective, err := capabilities()
+	if err != nil {
+		return 0, err
+	}
+	filter, err := seccomp.Compile(plan.Profile, seccomp.Options{ENOSYSAbove: seccomp.KernelRelease()})
+	if err != nil {
+		return 0, fmt.Errorf("policy %s: %w", opts.Policy.Name, err)
+	}
+	events, err := openEvents(opts.Events)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, events.close()) }()
+
+	freezer, err := cgroup.NewFreezer(group.Path())
+	if err != nil {
+		return 0, err
+	}
+	supervisor := phase.NewSupervisor(phase.Options{Log: opts.Log, Events: events.add})
+	defer supervisor.Close()
+	instance := phase.Instance{
+		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
+		Barrier: freezer, Uncovered: uncovered(gaps),
+	}
+	if instance.ID == "" {
+		instance.ID = fmt.Sprintf("run-%d", os.Getpid())
+	}
+	begun := &beginning{programs: programs}
+	if len(plan.Hooks) > 0 {
+		instance.Hooks = begun.set
+	}
+	supervised, err := supervisor.Add(instance)
+	if err != nil {
+		return 0, err
+	}
+	defer supervisor.End(instance.ID)
+	if opts.Serve != nil {
+		server, err := opts.Serve(supervisor)
+		if err != nil {
+			return 0, err
+		}
+		defer func() { err = errors.Join(err, server.Close()) }()
+	}
+
+	var ours *net.UnixConn
+	var theirs *os.File
+	if plan.Listener {
+		if ours, theirs, err = socketpair(); err != nil {
+			return 0, err
+		}
+		defer ours.Close()
+	}
+	child, err := launch(group, path, opts.Command, os.Stdout, theirs)
+	if theirs != nil {
+		theirs.Close()
+	}
+	if err != nil {
+		return 0, err
+	}
+	if len(plan.Hooks) > 0 {
+		if err := programs.enforce(plan, supervised.Status().Phase, group); err != nil {
+			child.abandon()
+			return 0, err
+		}
+	}
+	// The execve waits for the supervisor's answer, so the listener comes first.
+	received := make(chan error, 1)
+	go func() { received <- takeListener(ours, supervised) }()
+	failed := child.proceed(launchOrder{
+		Filter: filter, NoNewPrivs: opts.NoNewPrivs || effective&(1<<unix.CAP_SYS_ADMIN) == 0, Listener: plan.Listener, WaitKillable: slices.Contains(support.Flags, "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"),
+	})
+	if ours != nil {
+		// The launched process is the command now, or has ended: nothing more comes.
+		_ = ours.SetReadDeadline(time.Now())
+	}
+	if err := <-received; failed == nil {
+		failed = err
+	}
+	if failed != nil {
+		_ = group.Kill()
+		_ = child.cmd.Wait()
+		return 0, failed
+	}
+	if len(plan.Hooks) > 0 {
+		if err := begun.over(freezer); err != nil {
+			_ = group.Kill()
+			_ = child.cmd.Wait()
+			return 0, fmt.Errorf("phase %s: %w", supervised.Status().Phase, err)
+		}
+	}
+	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
+}
+
+// limitGaps: a run's cgroup has no controllers.
+func limitGaps(ps *policy.Phases) (gaps []profiles.PhaseGap) {
+	for i := range ps.Phases {
+		if p := &ps.Phases[i]; !p.Limits.None() {
+			gaps = append(gaps, profiles.PhaseGap{
+				Phases: []string{p.Name}, What: "the phase's limits are not set",
+				Why: "a command that is run without a container engine has a cgroup without controllers", Remedy: "leave limits out of the phase",
+			})
+		}
+	}
+	return gaps
+}
+
+// takeListener hands the listener that the launched process sends to the supervisor.
+func takeListener(conn *net.UnixConn, to *phase.Supervised) error {
+	if conn == nil {
+		return nil
+	}
+	_, f, err := seccomp.ReceiveListener(conn)
+	if err != nil {
+		return err
+	}
+	l, err := seccomp.NewListener(f)
+	if err != nil {
+		return err
+	}
+	to.Serve(l)
+	return nil
+}
+
+// socketpair is one end for this process, and one for a child.
+func socketpair() (*net.UnixConn, *os.File, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("socketpair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "listener's socket"), os.NewFile(uintptr(fds[1]), "listener's socket")
+	conn, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		theirs.Close()
+		return nil, nil, fmt.Errorf("socketpair: %w", err)
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
+
+// events writes phase events as JSON lines.
+type events struct {
+	mu     sync.Mutex
+	file   *os.File // guarded by mu; nil: nobody wants them
+	failed error    // guarded by mu: the first
+}
+
+// openEvents appends to a file that is there.
+func openEvents(path string) (*events, error) {
+	if path == "" {
+		return &events{}, nil
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOCTTY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("events: %w", err)
+	}
+	return &events{file: f}, nil
+}
+
+func (e *events) add(event phase.Event) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.file == nil {
+		return
+	}
+	data, err := json.Marshal(event)
+	if err == nil {
+		_, err = e.file.Write(append(data, '\n'))
+	}
+	if err != nil && e.failed == nil {
+		e.failed = fmt.Errorf("events: some are missing: %w", err)
+	}
+}
+
+func (e *events) close() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.file == nil {
+		return nil
+	}
+	err := errors.Join(e.failed, e.file.Close())
+	e.file = nil
+	return err
+}

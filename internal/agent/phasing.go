@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/holder"
+	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
+)
+
+// phasing is the agent's part in phases: it makes instances for the supervisor out
+// of policies and containers, and hands listeners over. It is there only if the
+// policy file has phases.
+type phasing struct {
+	a          *Agent
+	supervisor *phase.Supervisor
+	kernel     kernelHost
+	host       profiles.PhaseHost
+	newer      []string
+	socket     string // to which runtimes send listeners
+	listener   *net.UnixListener
+
+	inside      ServeInside  // nil: there is to be none
+	startHolder holder.Start // nil: there is to be none
+	mu          sync.Mutex
+	holder      *holder.Client                          // guarded by mu; nil while there is none
+	kept        map[string]map[string]*seccomp.Listener // guarded by mu: by container and the holder's name
+	chains      uint64                                  // guarded by mu: names given
+}
+
+// listenerSocket is where runtimes send listeners.
+func listenerSocket(p *policy.File) string { return filepath.Join(p.StateDir, "listener.sock") }
+
+// hasPhases says whether any container may have phases.
+func hasPhases(p *policy.File) bool {
+	return slices.ContainsFunc(p.Policies, func(p policy.Policy) bool { return p.Phases != nil })
+}
+
+// newPhasing looks at the host, and listens.
+//
+// The socket's directory is root's alone, so whoever connects is a runtime, or root.
+func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
+	host, _, err := phaseHost()
+	if err != nil {
+		return nil, err
+	}
+	p := &phasing{
+		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
+		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
+		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{},
+	}
+	// The lock of the state directory is ours: nobody listens there any more.
+	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if p.listener, err = net.ListenUnix("unix", &net.UnixAddr{Name: p.socket, Net: "unix"}); err != nil {
+		return nil, fmt.Errorf("socket for listeners: %w", err)
+	}
+	if err := os.Chmod(p.socket, 0o600); err != nil {
+		return nil, errors.Join(err, p.listener.Close())
+	}
+	return p, nil
+}
+
+// Close ends the supervision of all instances.
+func (p *phasing) Close() error {
+	err := p.listener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		err = nil
+	}
+	err = errors.Join(err, p.closeInside())
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.holder != nil {
+		err = errors.Join(err, p.holder.Close())
+		p.holder = nil
+	}
+	return errors.Join(err, p.supervisor.Close())
+}
+
+// Phases switches the phases of this agent's instances; nil if the policy file has
+// none.
+func (a *Agent) Phases() *phase.Supervisor {
+	if a.phases == nil {
+		return nil
+	}
+	return a.phases.supervisor
+}
+
+// phaseEvent is where events go until there is an audit log.
+func (a *Agent) phaseEvent(e phase.Event) {
+	log := a.log.WithFields(logrus.Fields{
+		"container": e.Instance, "policy": e.Policy, "workload": e.Workload, "phase": e.To, "from": e.From, "generation": e.Generation,
+	})
+	if e.Origin != "" {
+		log = log.WithFields(logrus.Fields{"origin": e.Origin, "by": e.By})
+	}
+	if e.Call != "" {
+		log = log.WithFields(logrus.Fields{"syscall": e.Call, "pid": e.PID, "count": e.Count})
+	}
+	if e.Message != "" {
+		log = log.WithField("reason", e.Message)
+	}
+	switch e.Kind {
+	case phase.Denied, phase.Refused:
+		log.WithField("event", e.Kind).Warn("phase event")
+	case phase.Failed, phase.Lost:
+		log.WithField("event", e.Kind).Error("phase event")
+	default:
+		log.WithField("event", e.Kind).Info("phase event")
+	}
+	if e.Kind != phase.Switched && e.Kind != phase.Failed {
+		return
+	}
+	if in := a.instance(e.Instance); in != nil && in.Phases != nil {
+		a.keepPhase(in, e)
+	}
+}
+
+// keepPhase keeps where an instance is, for the next process.
+func (a *Agent) keepPhase(in *instance, e phase.Event) {
+	now := phaseNow{Phase: e.To, Generation: e.Generation, Original: in.limits.snapshot()}
+	if err := a.journal.savePhase(in.Container.ID, now); err != nil {
+		a.instanceLog(in).WithError(err).Error("phase not kept: if syslatchd is restarted, the container is in an earlier one")
+	}
+}
+
+// instancePhases is what of an instance's phases is in the journal: all that its plan
+// is made of, as the policy file and syslatch may be others by the next start.
+type instancePhases struct {
+	Host    profiles.PhaseHost `json:"host"`
+	Newer   []string           `json:"newer"`
+	Runtime adjust.Runtime     `json:"runtime"`
+}
+
+// phasesOf are a decision's phases and what they compile to.
+func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *profiles.PhasePlan, error) {
+	p := policy.Policy{MustAllow: d.MustAllow, MustDeny: d.MustDeny, Phases: d.Phases}
+	set := p.Set()
+	plan, err := profiles.CompilePhases(set, ip.Host, profiles.PhaseOptions{Architectures: d.Architectures, NewerThanKernel: ip.Newer})
+	if err != nil {
+		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
+	}
+	return set, plan, nil
+}
+
+// compile makes the filter of a decision's phases, or says what can't be enforced.
+func (p *phasing) compile(d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
+	ip := &instancePhases{p.host, p.newer, runtime}
+	_, plan, err := phasesOf(d, ip)
+	if err != nil {
+		return nil, nil, err
+	}
+	gaps := append(plan.Gaps, limitGapsOf(d, runtime)...)
+	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
+		return nil, nil, &GapsError{d.Policy, gaps}
+	}
+	if plan.Listener {
+		plan.Profile.ListenerPath = p.socket
+	}
+	return ip, plan, nil
+}
+
+// limitGapsOf are the phases whose limits can't be set.
+func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.PhaseGap) {
+	for i := range d.Phases.Phases {
+		ph := &d.Phases.Phases[i]
+		if _, err := adjust.PhaseLimits(d.Limits, ph.Limits, runtime); err != nil {
+			gaps = append(gaps, profiles.PhaseGap{Phases: []string{ph.Name}, What: "its limits are not set", Why: err.Error(), Remedy: "leave them out of the phase"})
+		}
+	}
+	return gaps
+}
+
+// supervise adds an instance to the supervisor, where an earlier process left it.
+func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
+	set, plan, err := phasesOf(&in.Decision, in.Phases)
+	if err != nil {
+		return nil, err
+	}
+	in.limits.restore(now.Original)
+	in.barrier.note = p.a.journal.path(in.Container.ID, frozenSuffix)
+	c := &in.Container
+	return p.supervisor.Add(phase.Instance{
+		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
+		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
+		Barrier:   &in.barrier,
+		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
+		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
+	})
+}
+
+// uncovered names the gaps of a phase.
+func uncovered(gaps []profiles.PhaseGap) func(string) []string {
+	return func(name string) (out []string) {
+		for _, g := range gaps {
+			if slices.Contains(g.Phases, name) {
+				out = append(out, g.What+" ("+g.Why+")")
+			}
+		}
+		return out
+	}
+}
+
+// barrier is that of a container, whose cgroup is known from its start on. While it
+// runs there is a note in the journal, so that the next process thaws what this one,
+// killed in the middle, has left frozen.
+type barrier struct {
+	note string // path
+
+	mu      sync.Mutex
+	freezer *cgroup.Freezer // guarded by mu
+}
+
+var errNoCgroup = errors.New("the container's cgroup is not known yet (try again once it runs)")
+
+func (b *barrier) set(f *cgroup.Freezer) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.freezer = f
+}
+
+// Barrier is phase.Barrier's.
+func (b *barrier) Barrier(ctx context.Context) error {
+	b.mu.Lock()
+	f := b.freezer
+	b.mu.Unlock()
+	if f == nil {
+		return errNoCgroup
+	}
+	if err := os.WriteFile(b.note, nil, 0o600); err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return errors.Join(f.Barrier(ctx), os.Remove(b.note))
+}
+
+// thaw is for a barrier that an earlier process began and didn't end.
+func (b *barrier) thaw() error {
+	if _, err := os.Stat(b.note); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	b.mu.Lock()
+	f := b.freezer
+	b.mu.Unlock()
+	if f == nil {
+		return errNoCgroup
+	}
+	return errors.Join(f.Thaw(), os.Remove(b.note))
+}
+
+// attached tells an instance's cgroup. The instance is taken.
+func (p *phasing) attached(in *instance, pid int) error {
+	if p == nil || in.Phases == nil {
+		return nil
+	}
+	f, err := p.kernel.FreezerOf(pid)
+	if err != nil {
+		return fmt.Errorf("phases: %w", err)
+	}
+	in.barrier.set(f)
+	return in.barrier.thaw()
+}
+
+// setLimits sets what limits a phase has, and reads them back.
+func (p *phasing) setLimits(in *instance, name string) error {
+	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
+	want, err := adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
+	if err != nil {
+		return nil //nolint:nilerr // it is among the gaps
+	}
+	p.a.mu.Lock()
+	pid := in.Container.PID
+	p.a.mu.Unlock()
+	return in.limits.set(p.kernel, pid, want)
+}
+
+// accept hands listeners to instances until the socket is closed.
+func (p *phasing) accept() {
+	defer context.AfterFunc(p.a.stopped, func() { p.listener.Close() })()
+	for {
+		conn, err := p.listener.AcceptUnix()
+		if err != nil {
+			if p.a.stopped.Err() == nil && !errors.Is(err, net.ErrClosed) {
+				p.a.log.WithError(err).Error("listeners are not accepted any more: containers with phases don't start (restart syslatchd)")
+			}
+			return
+		}
+		p.a.spawn("take a listener", func() {
+			defer conn.Close()
+			if err := p.take(conn); err != nil {
+				p.a.log.WithError(err).Error("listener not taken: what its filter asks about is denied")
+			}
+		})
+	}
+}
+
+// handOver bounds the wait for what a runtime sends; it has connected by then.
+const handOver = 5 * time.Second
+
+func (p *phasing) take(conn *net.UnixConn) error {
+	if err := conn.SetDeadline(time.Now().Add(handOver)); err != nil {
+		return err
+	}
+	state, f, err := seccomp.ReceiveListener(conn)
+	if err != nil {
+		return err
+	}
+	l, err := seccomp.NewListener(f)
+	if err != nil {
+		return err
+	}
+	// Of an exec, too: the runtime gives the container's id.
+	id := state.State.ID
+	if _, err := p.supervisor.Get(id); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	p.keep(id, l)
+	if err := p.supervisor.Serve(id, l); err != nil {
+		return errors.Join(err, l.Close())
+	}
+	return nil
+}
+
+// pickUpPhases goes on with the phases of an instance that an earlier process left,
+// and of which the holder kept listeners.
+func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
+	if in.Phases == nil || a.hasEnded(in) || a.phases == nil {
+		return
+	}
+	log := a.instanceLog(in)
+	now, err := a.journal.phase(in.Container.ID)
+	if err != nil {
+		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
+	}
+	if now.Phase == "" {
+		now.Phase = in.Decision.Phase
+	}
+	sv, err := a.phases.supervise(in, now)
+	if err == nil {
+		err = a.phases.serveInside(in)
+	}
+	if err == nil && in.Container.PID > 0 {
+		err = a.phases.attached(in, in.Container.PID)
+	}
+	if err != nil {
+		log.WithError(err).Error("phases not picked up: what the container's filter asks about is denied")
+		return
+	}
+	if n := a.phases.resume(in, sv, held); n == 0 && in.Ran && sv.Asks() {
+		sv.Lose(errors.New("syslatchd was restarted, and what held the container's listeners had ended, too (create the container anew)"))
+		return
+	}
+	a.spawn("judge calls again", func() {
+		ctx, cancel := context.WithTimeout(a.stopped, rejudgeTime)
+		defer cancel()
+		if err := sv.Rejudge(ctx); err != nil {
+			log.WithError(err).Error("calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+		}
+	})
+}
+
+// rejudgeTime bounds the barrier at a start.
+const rejudgeTime = 30 * time.Second

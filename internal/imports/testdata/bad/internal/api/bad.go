@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// A fixture that breaks the import rules.
+package bad
+
+import _ "github.com/syslatch/syslatch/internal/policy"

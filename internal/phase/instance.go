@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package phase
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
+)
+
+// Listener answers for one chain of filters. [seccomp.Listener] is one.
+type Listener interface {
+	// Serve answers until the last task of the chain is gone (nil), or ctx ends.
+	Serve(ctx context.Context, decide func(*seccomp.Notification) (goOn bool, errno uint)) error
+	Close() error
+}
+
+// Barrier stops every task of an instance once, and returns when all have been.
+// [cgroup.Freezer] is one.
+type Barrier interface {
+	Barrier(ctx context.Context) error
+}
+
+// Instance is what [Supervisor.Add] is to supervise. What is nil is not there to
+// enforce with; what a phase lacks by it has to be among Uncovered.
+type Instance struct {
+	ID, Name, Workload, Policy string
+
+	Set     *profiles.PhaseSet
+	Plan    *profiles.PhasePlan
+	Initial string // phase to begin in; empty is Set's
+	// Generation of that, 0 for 1: an instance that an earlier process supervised goes
+	// on.
+	Generation uint64
+
+	Barrier Barrier
+	// Hooks tells the kernel's programs a phase.
+	Hooks func(phase string) error
+	// Limits sets what limits a phase has.
+	Limits func(ctx context.Context, phase string) error
+	// Ratchet puts an irreversible phase's filter on every task.
+	Ratchet func(ctx context.Context, phase string) error
+	// Uncovered is what a phase asks for and nothing enforces here.
+	Uncovered func(phase string) []string
+}
+
+// Supervised is an instance that has a supervisor.
+type Supervised struct {
+	in   Instance
+	s    *Supervisor
+	log  *logrus.Entry
+	turn chan struct{} // held by the one switch
+
+	tables map[string]*profiles.PhaseTable // by phase, StartPhase among them; not changed
+	now    atomic.Pointer[profiles.PhaseTable]
+
+	ctx     context.Context // of the listeners
+	cancel  context.CancelFunc
+	serving sync.WaitGroup
+	denials denials
+
+	mu     sync.Mutex
+	status Status            // guarded by mu
+	whole  bool              // guarded by mu: the switch to status.Phase was finished
+	broken map[string]string // guarded by mu: what failed for good, by what it concerns
+}
+
+func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
+	if in.Initial == "" {
+		in.Initial = in.Set.Initial
+	}
+	if !slices.Contains(in.Plan.Phases, in.Initial) {
+		return nil, fmt.Errorf("unknown phase %q", in.Initial)
+	}
+	if in.Plan.Listener && in.Barrier == nil {
+		return nil, errors.New("no barrier: calls that are blocked in the kernel at a switch would not be judged again")
+	}
+	sv := &Supervised{
+		in: in, s: s, turn: make(chan struct{}, 1), tables: map[string]*profiles.PhaseTable{}, broken: map[string]string{},
+		log: s.opts.Log.WithFields(logrus.Fields{"instance": in.ID, "policy": in.Policy}),
+	}
+	for _, phase := range append([]string{profiles.StartPhase}, in.Plan.Phases...) {
+		sv.tables[phase] = in.Plan.Table(phase, seccomp.Number)
+	}
+	sv.ctx, sv.cancel = context.WithCancel(context.Background())
+	sv.denials.report = sv.reportDenied
+	return sv, nil
+}
+
+// begin is the first phase, of which no task is yet.
+func (sv *Supervised) begin() error {
+	to := sv.in.Initial
+	if sv.in.Hooks != nil {
+		if err := sv.in.Hooks(to); err != nil {
+			return fmt.Errorf("phase %s: %w", to, err)
+		}
+	}
+	sv.now.Store(sv.tables[to])
+	sv.mu.Lock()
+	sv.status = Status{
+		ID: sv.in.ID, Name: sv.in.Name, Workload: sv.in.Workload, Policy: sv.in.Policy,
+		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(),
+	}
+	sv.whole = true
+	sv.mu.Unlock()
+	sv.emit(Event{Kind: Begun, To: to})
+	return nil
+}
+
+// Status is the instance's, as it is now.
+func (sv *Supervised) Status() Status {
+	sv.mu.Lock()
+	defer sv.mu.Unlock()
+	st := sv.status
+	st.Denied = sv.denials.total.Load()
+	st.Next = sv.next(st.Phase)
+	st.Uncovered = []string{}
+	if sv.in.Uncovered != nil {
+		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
+	}
+	for _, what := range []string{atBarrier, atLimits, atRatchet, atListener} {
+		if why, ok := sv.broken[what]; ok {
+			st.Uncovered = append(st.Uncovered, what+": "+why)
+		}
+	}
+	switch {
+	case st.State == Ended:
+	case len(sv.broken) > 0:
+		st.State = Degraded
+	case sv.whole:
+		st.State = Holds
+	default:
+		st.State = Switching
+	}
+	return st
+}
+
+// What may be broken.
+const (
+	atBarrier  = "calls that were blocked at the switch may go on as the phase before allowed"
+	atLimits   = "limits"
+	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
+	atListener = "calls that the filter asks about are answered ENOSYS"
+)
+
+func (sv *Supervised) next(from string) []string {
+	out := []string{}
+	for _, to := range sv.in.Plan.Phases {
+		if sv.in.Set.May(from, to) {
+			out = append(out, to)
+		}
+	}
+	return out
+}
+
+func (sv *Supervised) emit(e Event) {
+	e.Time, e.Instance, e.Workload, e.Policy = time.Now().UTC(), sv.in.ID, sv.in.Workload, sv.in.Policy
+	if e.Generation == 0 {
+		sv.mu.Lock()
+		e.Generation = sv.status.Generation
+		sv.mu.Unlock()
+	}
+	sv.s.emit(e)
+}
+
+// set is [Supervisor.Set] for this instance.
+func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status, error) {
+	if o.Origin == "" {
+		o.Origin = Outside
+	}
+	if err := ctx.Err(); err != nil {
+		return sv.Status(), fmt.Errorf("switch to %s: not begun: %w", to, err)
+	}
+	select {
+	case sv.turn <- struct{}{}:
+		defer func() { <-sv.turn }()
+	case <-ctx.Done():
+		return sv.Status(), fmt.Errorf("another switch of %s is unfinished: %w", sv.in.ID, ctx.Err())
+	}
+	before := sv.Status()
+	from := before.Phase
+	if err := sv.may(before, to, o); err != nil {
+		if !errors.Is(err, ErrEnded) {
+			sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
+		}
+		return before, err
+	}
+	if from == to && before.State == Holds {
+		return before, nil
+	}
+	if sv.in.Hooks != nil {
+		if err := sv.in.Hooks(to); err != nil {
+			err = fmt.Errorf("switch to %s: nothing has changed: %w", to, err)
+			sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
+			return before, err
+		}
+	}
+	sv.now.Store(sv.tables[to])
+	sv.mu.Lock()
+	sv.status.Generation++
+	sv.status.Phase, sv.status.Since, sv.whole = to, time.Now().UTC(), false
+	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+		delete(sv.broken, what)
+	}
+	sv.mu.Unlock()
+
+	failed := sv.enforce(ctx, to)
+	sv.mu.Lock()
+	sv.whole = true
+	sv.mu.Unlock()
+	st := sv.Status()
+	e := Event{Kind: Switched, From: from, To: to, Origin: o.Origin, By: o.By, Generation: st.Generation}
+	if failed != nil {
+		e.Kind, e.Message = Failed, failed.Error()
+		sv.emit(e)
+		return st, &IncompleteError{st, failed}
+	}
+	sv.emit(e)
+	return st, nil
+}
+
+// may says why a switch may not be.
+func (sv *Supervised) may(is Status, to string, o SetOptions) error {
+	from := is.Phase
+	refuse := func(why string) error { return &TransitionError{from, to, why, sv.next(from)} }
+	switch {
+	case is.State == Ended:
+		return fmt.Errorf("%s: %w", sv.in.ID, ErrEnded)
+	case !slices.Contains(sv.in.Plan.Phases, to):
+		return refuse("unknown phase")
+	case o.Generation != 0 && o.Generation != is.Generation:
+		return &GenerationError{Want: o.Generation, Is: is.Generation}
+	case from == to:
+		return nil
+	case !sv.in.Set.May(from, to):
+		return refuse("the policy doesn't lead there")
+	case o.Origin != Outside && !sv.in.Plan.Tightens(from, to):
+		return refuse("from inside only a phase that allows nothing more can follow")
+	}
+	return nil
+}
+
+// enforce makes a phase that new calls are judged by hold for all.
+func (sv *Supervised) enforce(ctx context.Context, to string) error {
+	fails := func(what string, err error) error {
+		if err == nil {
+			return nil
+		}
+		sv.mu.Lock()
+		defer sv.mu.Unlock()
+		sv.broken[what] = err.Error()
+		return err
+	}
+	if sv.in.Barrier != nil {
+		if err := fails(atBarrier, sv.in.Barrier.Barrier(ctx)); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	if sv.in.Limits != nil {
+		errs = append(errs, fails(atLimits, sv.in.Limits(ctx, to)))
+	}
+	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil {
+		errs = append(errs, fails(atRatchet, sv.in.Ratchet(ctx, to)))
+	}
+	return errors.Join(errs...)
+}
+
+// Asks says whether the instance's filter asks about anything.
+func (sv *Supervised) Asks() bool { return sv.in.Plan.Listener }
+
+// Lose says that a part of what the instance's filter asks about is not answered any
+// more, and why.
+func (sv *Supervised) Lose(why error) {
+	sv.mu.Lock()
+	sv.broken[atListener] = why.Error()
+	phase := sv.status.Phase
+	sv.mu.Unlock()
+	sv.log.WithError(why).WithField("phase", phase).Error("the listener of an instance is lost: what its filter asks about is denied (ENOSYS)")
+	sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + why.Error()})
+}
+
+// Rejudge makes the phase hold for every task once more, as a switch does: for an
+// instance that an earlier process supervised. Calls that it received and did not
+// answer are made again, and asked about again.
+func (sv *Supervised) Rejudge(ctx context.Context) error {
+	select {
+	case sv.turn <- struct{}{}:
+		defer func() { <-sv.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return sv.enforce(ctx, sv.Status().Phase)
+}
+
+// Serve answers what a chain of the instance's filters asks about, in the background
+// and until its last task is gone. The listener is closed then. The chain is at its
+// start: what a runtime calls is allowed until its first execve.
+func (sv *Supervised) Serve(l Listener) { sv.serve(l, true) }
+
+// Resume is Serve for a chain that is past its start.
+func (sv *Supervised) Resume(l Listener) { sv.serve(l, false) }
+
+func (sv *Supervised) serve(l Listener, starting bool) {
+	c := &chain{sv: sv, starting: starting}
+	sv.serving.Go(func() {
+		err := l.Serve(sv.ctx, c.decide)
+		if cerr := l.Close(); err == nil {
+			err = cerr
+		}
+		if err == nil || sv.ctx.Err() != nil && isOver(err) {
+			return
+		}
+		sv.Lose(err)
+	})
+}
+
+// stop lets go of the listeners.
+func (sv *Supervised) stop() {
+	sv.cancel()
+	sv.serving.Wait()
+	sv.denials.flush()
+}
+
+func (sv *Supervised) end() {
+	sv.stop()
+	sv.mu.Lock()
+	sv.status.State = Ended
+	sv.mu.Unlock()
+	sv.emit(Event{Kind: Over})
+}
+
+// chain answers for one chain of filters; decide is called by one goroutine.
+type chain struct {
+	sv       *Supervised
+	starting bool // no execve has been allowed yet
+}
+
+// decide by number and register values alone: what pointers point at may change after
+// it was looked at.
+func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
+	t := c.sv.now.Load()
+	goOn, errno = t.Decide(n.ABI, n.Number, n.Args)
+	if c.starting {
+		if !goOn {
+			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
+		}
+		if name, _ := seccomp.Name(n.ABI, n.Number); goOn && (name == "execve" || name == "execveat") {
+			// An answer that comes too late, because of a signal, has the call made again.
+			n.Accepted = func() { c.starting = false }
+		}
+	}
+	if !goOn {
+		c.sv.denials.add(n, t.Phase)
+	}
+	return goOn, errno
+}

@@ -1,0 +1,457 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package phase
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
+)
+
+// agentPhases are those of docs/phases.md, in short: reading, writing, connecting.
+func agentPhases() *profiles.PhaseSet {
+	rule := func(names ...string) []profiles.PhaseRule { return []profiles.PhaseRule{{Names: names}} }
+	return &profiles.PhaseSet{Initial: "read_only", Phases: []profiles.Phase{
+		{Name: "read_only", Allow: rule("@file-read", "@process")},
+		{Name: "write_logs", Allow: rule("@file-read", "@process", "mkdir", "openat")},
+		{Name: "network", Allow: rule("@file-read", "@process", "@network"), Next: []string{"read_only", "write_logs"}},
+		{Name: "locked", Allow: rule("read"), Irreversible: true},
+	}}
+}
+
+// barrier is called once for a switch.
+type barrier struct {
+	do func(context.Context) error
+}
+
+func (b *barrier) Barrier(ctx context.Context) error {
+	if b.do == nil {
+		return nil
+	}
+	return b.do(ctx)
+}
+
+// fakeListener is asked by its test.
+type fakeListener struct {
+	calls  chan question
+	fail   chan error
+	closed chan struct{}
+}
+
+type question struct {
+	n      seccomp.Notification
+	late   bool // the call was taken back before the answer
+	answer chan<- bool
+}
+
+func newFakeListener() *fakeListener {
+	return &fakeListener{make(chan question), make(chan error), make(chan struct{})}
+}
+
+func (l *fakeListener) Serve(ctx context.Context, decide func(*seccomp.Notification) (bool, uint)) error {
+	for {
+		select {
+		case q := <-l.calls:
+			goOn, _ := decide(&q.n)
+			if q.n.Accepted != nil && !q.late {
+				q.n.Accepted()
+			}
+			q.answer <- goOn
+		case err := <-l.fail:
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (l *fakeListener) Close() error {
+	close(l.closed)
+	return nil
+}
+
+func (l *fakeListener) ask(t *testing.T, name string, late bool, args ...uint64) bool {
+	t.Helper()
+	nr, ok := seccomp.Number(specs.ArchX86_64, name)
+	if !ok {
+		t.Fatalf("no call %s", name)
+	}
+	n := seccomp.Notification{ABI: specs.ArchX86_64, Number: nr, PID: 7}
+	copy(n.Args[:], args)
+	answer := make(chan bool)
+	l.calls <- question{n, late, answer}
+	return <-answer
+}
+
+type fixture struct {
+	*Supervisor
+	*Supervised
+	barrier barrier
+	hooks   []string
+	hookErr error
+	limits  func(context.Context, string) error
+	ratchet func(context.Context, string) error
+
+	mu     sync.Mutex
+	events []Event // guarded by mu
+}
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	f := &fixture{}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	f.Supervisor = NewSupervisor(Options{Log: logrus.NewEntry(log), Events: func(e Event) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.events = append(f.events, e)
+	}})
+	set := agentPhases()
+	plan, err := profiles.CompilePhases(set, profiles.PhaseHost{Notify: true, Inject: true}, profiles.PhaseOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Supervised, err = f.Add(Instance{
+		ID: "i", Policy: "agent", Set: set, Plan: plan, Barrier: &f.barrier,
+		Hooks: func(phase string) error {
+			if f.hookErr != nil {
+				return f.hookErr
+			}
+			f.hooks = append(f.hooks, phase)
+			return nil
+		},
+		Limits: func(ctx context.Context, phase string) error {
+			if f.limits == nil {
+				return nil
+			}
+			return f.limits(ctx, phase)
+		},
+		Ratchet: func(ctx context.Context, phase string) error {
+			if f.ratchet == nil {
+				return nil
+			}
+			return f.ratchet(ctx, phase)
+		},
+		Uncovered: func(phase string) []string { return []string{"gap of " + phase} },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return f
+}
+
+func (f *fixture) kinds() (out []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.events {
+		out = append(out, strings.TrimSpace(string(e.Kind)+" "+e.To))
+	}
+	return out
+}
+
+func (f *fixture) to(t *testing.T, phase string, o SetOptions) (Status, error) {
+	t.Helper()
+	return f.Set(t.Context(), "i", phase, o)
+}
+
+func TestSwitch(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	const write = unix.O_WRONLY
+	if !l.ask(t, "execve", false) {
+		t.Fatal("execve at the start was denied")
+	}
+	if l.ask(t, "mkdir", false) || l.ask(t, "openat", false, 0, 0, write) || l.ask(t, "connect", false) {
+		t.Error("read_only lets something pass")
+	}
+	st, err := f.to(t, "write_logs", SetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Status{
+		ID: "i", Policy: "agent", Phase: "write_logs", Generation: 2, State: Holds, Since: st.Since,
+		Next: []string{"read_only", "network", "locked"}, Uncovered: []string{"gap of write_logs"}, Denied: 3,
+	}
+	if diff := cmp.Diff(want, st); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if !l.ask(t, "mkdir", false) || !l.ask(t, "openat", false, 0, 0, write) || l.ask(t, "connect", false) {
+		t.Error("write_logs is not in force")
+	}
+	if _, err := f.to(t, "network", SetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if l.ask(t, "mkdir", false) || !l.ask(t, "connect", false) {
+		t.Error("network is not in force")
+	}
+	if again, err := f.to(t, "network", SetOptions{}); err != nil || again.Generation != 3 {
+		t.Errorf("the same phase again: generation %d, %v", again.Generation, err)
+	}
+	if diff := cmp.Diff([]string{"read_only", "write_logs", "network"}, f.hooks); diff != "" {
+		t.Errorf("hooks (-want +got):\n%s", diff)
+	}
+	f.End("i")
+	<-l.closed
+	if _, err := f.Get("i"); !errors.Is(err, ErrUnknown) {
+		t.Errorf("after the end: %v", err)
+	}
+	if got := f.kinds(); !slices.Equal(got[:2], []string{"begun read_only", "denied"}) || got[len(got)-1] != "ended" {
+		t.Errorf("events: %v", got)
+	}
+}
+
+// TestStart: what a runtime calls is allowed until the first execve whose answer was
+// accepted, in whatever phase.
+func TestStart(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	if !l.ask(t, "setuid", false) {
+		t.Error("setuid at the start was denied")
+	}
+	if !l.ask(t, "execve", true) || !l.ask(t, "setuid", false) {
+		t.Error("the start ended with an execve that was taken back")
+	}
+	if !l.ask(t, "execve", false) || l.ask(t, "setuid", false) {
+		t.Error("the start goes on behind the execve")
+	}
+	exec := newFakeListener() // a second chain, of an exec
+	f.Supervised.Serve(exec)
+	if !exec.ask(t, "setuid", false) || l.ask(t, "setuid", false) {
+		t.Error("each chain has a start of its own")
+	}
+}
+
+func TestRefused(t *testing.T) {
+	f := newFixture(t)
+	for _, tc := range []struct {
+		to   string
+		o    SetOptions
+		want any
+		text string
+	}{
+		{"nowhere", SetOptions{}, new(*TransitionError), "unknown phase (possible from here: write_logs, network, locked)"},
+		{"", SetOptions{}, new(*TransitionError), "unknown phase"},
+		{"start", SetOptions{}, new(*TransitionError), "unknown phase"},
+		{"write_logs", SetOptions{Origin: Inside}, new(*TransitionError), "allows nothing more"},
+		{"write_logs", SetOptions{Origin: "?"}, new(*TransitionError), "allows nothing more"},
+		{"write_logs", SetOptions{Generation: 9}, new(*GenerationError), "generation is 1, not 9"},
+	} {
+		st, err := f.to(t, tc.to, tc.o)
+		if err == nil || !errors.As(err, tc.want) || !strings.Contains(err.Error(), tc.text) {
+			t.Errorf("%q %+v: %v, want %q", tc.to, tc.o, err, tc.text)
+		}
+		if st.Phase != "read_only" || st.Generation != 1 || f.now.Load().Phase != "read_only" {
+			t.Errorf("%q: something has changed: %+v", tc.to, st)
+		}
+	}
+	if got := f.kinds(); len(got) != 7 || got[6] != "refused write_logs" {
+		t.Errorf("events: %v", got)
+	}
+	f.hookErr = errors.New("no such map")
+	if st, err := f.to(t, "network", SetOptions{}); err == nil || st.Phase != "read_only" || f.now.Load().Phase != "read_only" {
+		t.Errorf("hooks failed: %+v, %v", st, err)
+	}
+	f.hookErr = nil
+	if _, err := f.to(t, "locked", SetOptions{Origin: Inside, Generation: 1}); err != nil {
+		t.Errorf("tighter from inside: %v", err)
+	}
+	if st, err := f.to(t, "read_only", SetOptions{}); err == nil || st.Phase != "locked" {
+		t.Errorf("left what is irreversible: %+v", st)
+	}
+	if _, err := f.Set(t.Context(), "j", "locked", SetOptions{}); !errors.Is(err, ErrUnknown) {
+		t.Errorf("another instance: %v", err)
+	}
+}
+
+// TestIncomplete: what fails behind the table leaves the new phase in force for new
+// calls and says what may not hold; asking again does the rest.
+func TestIncomplete(t *testing.T) {
+	for _, tc := range []struct {
+		name, to, what string
+		broken         func(*fixture, error)
+	}{
+		{"barrier", "network", atBarrier, func(f *fixture, err error) { f.barrier.do = func(context.Context) error { return err } }},
+		{"limits", "network", atLimits, func(f *fixture, err error) { f.limits = func(context.Context, string) error { return err } }},
+		{"ratchet", "locked", atRatchet, func(f *fixture, err error) { f.ratchet = func(context.Context, string) error { return err } }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f := newFixture(t)
+			tc.broken(f, errors.New("out of order"))
+			st, err := f.to(t, tc.to, SetOptions{})
+			var incomplete *IncompleteError
+			if !errors.As(err, &incomplete) || !strings.Contains(err.Error(), "out of order") {
+				t.Fatalf("%v", err)
+			}
+			if st.Phase != tc.to || st.State != Degraded || !slices.Contains(st.Uncovered, tc.what+": out of order") {
+				t.Errorf("%+v", st)
+			}
+			if got, _ := f.Get("i"); !cmp.Equal(got, st) || f.now.Load().Phase != tc.to {
+				t.Errorf("%+v", got)
+			}
+			tc.broken(f, nil)
+			st, err = f.to(t, tc.to, SetOptions{})
+			if err != nil || st.State != Holds || st.Generation != 3 || len(st.Uncovered) != 1 {
+				t.Errorf("again: %+v, %v", st, err)
+			}
+			if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "failed " + tc.to, "switched " + tc.to}) {
+				t.Errorf("events: %v", got)
+			}
+		})
+	}
+}
+
+// TestOneAtATime: a second switch waits for the first, and no longer than its
+// deadline.
+func TestOneAtATime(t *testing.T) {
+	f := newFixture(t)
+	begun, release := make(chan bool), make(chan bool)
+	f.barrier.do = func(context.Context) error {
+		begun <- true
+		<-release
+		return nil
+	}
+	first := make(chan error)
+	go func() {
+		_, err := f.Set(context.Background(), "i", "network", SetOptions{})
+		first <- err
+	}()
+	<-begun
+	if st, _ := f.Get("i"); st.State != Switching || st.Phase != "network" {
+		t.Errorf("meanwhile: %+v", st)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if _, err := f.Set(ctx, "i", "read_only", SetOptions{}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("second: %v", err)
+	}
+	release <- true
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	go func() {
+		<-begun
+		release <- true
+	}()
+	if st, err := f.to(t, "read_only", SetOptions{Generation: 2}); err != nil || st.Generation != 3 {
+		t.Errorf("after the first: %+v, %v", st, err)
+	}
+}
+
+func TestListenerLost(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	l.fail <- errors.New("gone")
+	<-l.closed
+	f.serving.Wait()
+	st, err := f.Get("i")
+	if err != nil || st.State != Degraded || !slices.Contains(st.Uncovered, atListener+": gone") {
+		t.Errorf("%+v, %v", st, err)
+	}
+	if st, err = f.to(t, "network", SetOptions{}); err != nil || st.State != Degraded || st.Phase != "network" {
+		t.Errorf("a switch: %+v, %v", st, err)
+	}
+	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "lost", "switched network"}) {
+		t.Errorf("events: %v", got)
+	}
+	over := newFakeListener()
+	f.Supervised.Serve(over)
+	over.fail <- nil // the last task of the chain is gone
+	<-over.closed
+}
+
+func TestDenialsAreAggregated(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	for range 100 {
+		l.ask(t, "mkdir", false)
+	}
+	f.denials.flush()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	total := uint64(0)
+	for _, e := range f.events[1:] {
+		if e.Kind != Denied || e.Call != "SCMP_ARCH_X86_64 mkdir" || e.From != "read_only" {
+			t.Errorf("%+v", e)
+		}
+		total += e.Count
+	}
+	if first := f.events[1]; total != 100 || first.Count != 1 || first.PID != 7 || len(f.events) > 20 {
+		t.Errorf("%d denials in %d events, the first %+v", total, len(f.events), first)
+	}
+	if st, _ := f.Get("i"); st.Denied != 100 {
+		t.Errorf("status says %d", st.Denied)
+	}
+}
+
+func TestWatch(t *testing.T) {
+	f := newFixture(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	events := f.Watch(ctx)
+	if _, err := f.to(t, "network", SetOptions{By: "uid 0 pid 1"}); err != nil {
+		t.Fatal(err)
+	}
+	if e := <-events; e.Kind != Switched || e.From != "read_only" || e.To != "network" || e.Generation != 2 || e.By != "uid 0 pid 1" || e.Time.IsZero() {
+		t.Errorf("%+v", e)
+	}
+	for range watched + 10 {
+		_, _ = f.to(t, "nowhere", SetOptions{})
+	}
+	for range watched {
+		<-events
+	}
+	_, _ = f.to(t, "nowhere", SetOptions{})
+	if e := <-events; e.Kind != Lost || e.Count != 10 {
+		t.Errorf("after a pause: %+v", e)
+	}
+	<-events
+	cancel()
+	if e, ok := <-events; ok {
+		t.Errorf("after the end: %+v", e)
+	}
+}
+
+func TestAddRefuses(t *testing.T) {
+	f := newFixture(t)
+	in := f.Supervised.in
+	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "already") {
+		t.Errorf("twice: %v", err)
+	}
+	in.ID, in.Initial = "k", "start"
+	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "unknown phase") {
+		t.Errorf("initial: %v", err)
+	}
+	in.Initial, in.Barrier = "", nil
+	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "barrier") {
+		t.Errorf("without a barrier: %v", err)
+	}
+	in.Barrier = &barrier{}
+	f.hookErr = errors.New("full")
+	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "full") {
+		t.Errorf("hooks: %v", err)
+	}
+	if _, err := f.Get("k"); !errors.Is(err, ErrUnknown) || len(f.List()) != 1 {
+		t.Errorf("what was refused is there: %v", err)
+	}
+}

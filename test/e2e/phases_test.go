@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/test/harness"
+	"github.com/syslatch/syslatch/test/images"
+	"github.com/syslatch/syslatch/test/workloads"
+)
+
+// agentPolicy are the phases of an agent that reads, writes, and talks.
+const agentPolicy = `
+- name: agent
+  match: {}
+  mode: enforce
+  annotations: [phase]
+  phases:
+    initial: read_only
+    gaps: report
+    read_only:
+      allow: ["@file-read", "@basic-io", "@info", "@process"]
+    write_logs:
+      allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"]
+      limits: {pids: {max: 77}, oomScoreAdj: 600}
+    network:
+      allow: ["@file-read", "@basic-io", "@info", "@process", "@network"]
+      next: [read_only]
+    locked: {irreversible: true}
+`
+
+// phase runs `syslatch phase` and gives its exit status.
+func (e *env) phase(args ...string) (stdout string, code int) {
+	e.t.Helper()
+	cmd := exec.CommandContext(e.ctx, filepath.Join(programs, "syslatch"), append([]string{"phase"}, args...)...)
+	cmd.Env = append(cmd.Environ(), "SYSLATCH_SOCKET="+filepath.Join(e.dir, "state", "api.sock"))
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		e.t.Fatal(err)
+	}
+	if errs.Len() > 0 {
+		e.t.Logf("syslatch phase %v: %s", args, errs.String())
+	}
+	return out.String(), cmd.ProcessState.ExitCode()
+}
+
+func (e *env) setPhase(id, to string) {
+	e.t.Helper()
+	if out, code := e.phase("set", id, to); code != 0 {
+		e.t.Fatalf("phase set %s: exit status %d: %s", to, code, out)
+	}
+}
+
+func (e *env) phaseStatus(id string) (st phase.Status) {
+	e.t.Helper()
+	out, code := e.phase("get", id, "-o", "json")
+	if err := json.Unmarshal([]byte(out), &st); err != nil || code != 0 {
+		e.t.Fatalf("phase get: exit status %d, %v: %s", code, err, out)
+	}
+	return st
+}
+
+// startAgent starts agent.mjs, which connects to port.
+func (e *env) startAgent(p harness.PodOptions, port int) *harness.Container {
+	e.t.Helper()
+	scripts, err := filepath.Abs("../workloads")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	c := mustCreate(e.t, e, p, harness.ContainerOptions{
+		Image:   images.WorkloadsImage,
+		Command: []string{"/usr/bin/node", workloads.Scripts + "/agent.mjs", "/tmp/agent.log", fmt.Sprint(port)},
+		Mounts:  []*runtimeapi.Mount{{HostPath: scripts, ContainerPath: workloads.Scripts, Readonly: true}},
+	})
+	if err := c.Start(e.ctx); err != nil {
+		e.t.Fatal(err)
+	}
+	return c
+}
+
+// says waits until the last line of a container's log is what is wanted.
+func says(t *testing.T, e *env, c *harness.Container, want string) {
+	t.Helper()
+	if err := c.WaitLog(e.ctx, func(log string) bool {
+		lines := strings.Split(strings.TrimSpace(log), "\n")
+		return lines[len(lines)-1] == want
+	}); err != nil {
+		t.Fatalf("never said %q: %v\n%s", want, err, c.Log())
+	}
+}
+
+// TestPhases is what phases are for: an agent that runs on while what it may do
+// changes, both ways.
+func TestPhases(t *testing.T) {
+	image, err := images.Workloads(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, runtime := range []string{harness.Runc11, harness.Runc15} {
+		t.Run(runtime, func(t *testing.T) {
+			e := newEnv(t, harness.Options{})
+			if err := e.Import(e.ctx, image); err != nil {
+				t.Fatal(err)
+			}
+			l, err := net.Listen("tcp4", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			go func() { // until it is closed
+				for {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					c.Close()
+				}
+			}()
+			d := e.start(agentPolicy)
+			c := e.startAgent(harness.PodOptions{Runtime: runtime}, l.Addr().(*net.TCPAddr).Port)
+			says(t, e, c, "read=ok write=EPERM kept=none connect=EPERM")
+			inPhase := func(want string) {
+				t.Helper()
+				r, err := c.Exec(e.ctx, "/bin/mkdir", fmt.Sprintf("/tmp/%d", e.phaseStatus(c.ID).Generation))
+				if err != nil || (r.Code == 0) != (want == "made") {
+					t.Errorf("an exec: %+v, %v; want %s", r, err, want)
+				}
+			}
+			inPhase("denied")
+
+			e.setPhase(c.ID, "write_logs")
+			says(t, e, c, "read=ok write=ok kept=ok connect=EPERM")
+			inPhase("made")
+			pid := pidOf(t, e, c)
+			if got := fileOf(t, pid, "pids", "pids.max", "pids.max"); got != "77" {
+				t.Errorf("pids.max is %s", got)
+			}
+
+			e.setPhase(c.ID[:20], "network")
+			says(t, e, c, "read=ok write=EPERM kept=ok connect=ok")
+			inPhase("denied")
+			if got := fileOf(t, pid, "pids", "pids.max", "pids.max"); got != "max" {
+				t.Errorf("pids.max is %s again", got)
+			}
+
+			if out, code := e.phase("set", c.ID, "write_logs"); code != 3 {
+				t.Errorf("a transition that the policy doesn't have: exit status %d: %s", code, out)
+			}
+			// From inside it may only tighten itself.
+			r, err := c.Exec(e.ctx, "/usr/bin/node", workloads.Scripts+"/inside.mjs", "write_logs", "nowhere", "read_only")
+			if want := "write_logs: 409\nnowhere: 409\nread_only: 200\n"; err != nil || r.Log != want {
+				t.Errorf("from inside: %+v, %v; want %q", r, err, want)
+			}
+			d.waitLog("phase event", `"switched"`, `"origin":"inside"`)
+			says(t, e, c, "read=ok write=EPERM kept=ok connect=EPERM")
+			st := e.phaseStatus(c.ID)
+			if st.State != phase.Holds || st.Generation != 4 || st.Denied == 0 || !strings.Contains(strings.Join(st.Uncovered, "\n"), "stay writable") {
+				t.Errorf("%+v", st)
+			}
+			d.waitLog("phase event", `"denied"`, "SCMP_ARCH_X86_64")
+			if out, code := e.phase("list"); code != 0 || !strings.Contains(out, "read_only") {
+				t.Errorf("list: exit status %d: %s", code, out)
+			}
+			if err := c.Stop(e.ctx, 0); err != nil {
+				t.Error(err)
+			}
+			d.waitLog("phase event", `"ended"`, c.ID)
+			if _, code := e.phase("get", c.ID); code == 0 {
+				t.Error("the container has ended, and has a phase")
+			}
+		})
+	}
+}
+
+// TestPhaseAtCreate: policy or annotation say in which phase a container begins, and
+// what can't be enforced keeps it from starting unless the policy says otherwise.
+func TestPhaseAtCreate(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(agentPolicy)
+	const script = "mkdir /tmp/x && echo made; echo done"
+	in := func(name string) harness.PodOptions {
+		return harness.PodOptions{Annotations: map[string]string{"phase.syslatch.dev/container.app": name}}
+	}
+	if r := e.run(harness.PodOptions{}, sh(script)); r.Code != 0 || strings.Contains(r.Log, "made") || !strings.Contains(r.Log, "Operation not permitted") {
+		t.Errorf("initial phase: %+v", r)
+	}
+	if r := e.run(in("write_logs"), sh(script)); r.Code != 0 || r.Log != "made\ndone\n" {
+		t.Errorf("write_logs by annotation: %+v", r)
+	}
+	if msg := createError(t, e, in("loose"), sh(script)); !strings.Contains(msg, "loose") || !strings.Contains(msg, "read_only, write_logs, network or locked") {
+		t.Errorf("an unknown phase: %s", msg)
+	}
+	own := sh(script)
+	own.Confined, own.Seccomp = true, runtimeapi.SecurityProfile_RuntimeDefault
+	if !onCRIO() {
+		if msg := createError(t, e, harness.PodOptions{}, own); !strings.Contains(msg, "existingProfile: replace") {
+			t.Errorf("beside RuntimeDefault: %s", msg)
+		}
+	}
+	d.kill(15)
+	e.start(strings.Replace(agentPolicy, "gaps: report", "gaps: deny", 1))
+	if msg := createError(t, e, harness.PodOptions{}, sh(script)); !strings.Contains(msg, "can't be enforced on this host") || !strings.Contains(msg, "stay writable") {
+		t.Errorf("with gaps: %s", msg)
+	}
+}
+
+// TestPhasesOutliveTheDaemon: a syslatchd that is killed costs a container with phases
+// time, and nothing else, as long as the holder of its listener lives; without that,
+// what differs between phases is denied.
+func TestPhasesOutliveTheDaemon(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(agentPolicy)
+	// Every round asks the supervisor, and ends with a line. Without a supervisor a
+	// fork fails, and ends the subshell.
+	const script = `(i=0; while sleep 0.02; do i=$((i+1)); if mkdir /tmp/$i; then echo $i made; else echo $i denied; fi; done); echo broken; while :; do :; done`
+	c := mustCreate(t, e, harness.PodOptions{Annotations: map[string]string{"phase.syslatch.dev/pod": "write_logs"}}, sh(script))
+	if err := c.Start(e.ctx); err != nil {
+		t.Fatal(err)
+	}
+	lines := func() int { return strings.Count(c.Log(), "\n") }
+	goesOn := func(with string) {
+		t.Helper()
+		from := lines()
+		if err := c.WaitLog(e.ctx, func(log string) bool {
+			all := strings.Split(strings.TrimSpace(log), "\n")
+			return len(all) > from+5 && strings.HasSuffix(all[len(all)-1], with)
+		}); err != nil {
+			t.Fatalf("doesn't go on, %s: %v\n%.300s", with, err, c.Log())
+		}
+	}
+	goesOn("made")
+	for _, name := range []string{"write_logs", "read_only"} {
+		e.setPhase(c.ID, name)
+		want := map[string]string{"write_logs": "made", "read_only": "denied"}[name]
+		goesOn(want)
+		d.kill(syscall.SIGKILL)
+		waits := pidOf(t, e, c)
+		d = e.start(agentPolicy)
+		goesOn(want)
+		if st := e.phaseStatus(c.ID); st.Phase != name || st.State != phase.Holds {
+			t.Errorf("after a kill: %+v", st)
+		}
+		if pid := pidOf(t, e, c); pid != waits {
+			t.Errorf("pid was %d, is %d", waits, pid)
+		}
+	}
+	// Nothing was answered twice, and nothing denied that the phase allows.
+	denied := false
+	round := 0
+	for line := range strings.Lines(c.Log()) {
+		if strings.HasPrefix(line, "mkdir: ") {
+			continue // why not
+		}
+		round++
+		word, ok := strings.CutPrefix(strings.TrimSpace(line), fmt.Sprintf("%d ", round))
+		switch {
+		case !ok, word == "made" && denied, word != "made" && word != "denied":
+			t.Fatalf("round %d is %q", round, line)
+		case word == "denied":
+			denied = true // and not made again
+		}
+	}
+
+	holder := e.holder()
+	d.kill(syscall.SIGKILL)
+	if err := syscall.Kill(holder, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	says(t, e, c, "broken")
+	e.start(agentPolicy)
+	if st := e.phaseStatus(c.ID); st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "ENOSYS") {
+		t.Errorf("without a holder: %+v", st)
+	}
+}
+
+// holder is the process that keeps this environment's listeners.
+func (e *env) holder() int {
+	e.t.Helper()
+	found, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	want := "syslatchd\x00internal-holder\x00" + filepath.Join(e.dir, "state") + "\x00"
+	for _, path := range found {
+		if data, err := os.ReadFile(path); err == nil && string(data) == want {
+			pid, err := strconv.Atoi(strings.Split(path, "/")[2])
+			if err != nil {
+				e.t.Fatal(err)
+			}
+			return pid
+		}
+	}
+	e.t.Fatal("no holder")
+	return 0
+}

@@ -51,6 +51,8 @@ type Hooks struct {
 	// daemons is the journal of the daemon, if this is none: whoever reads the ring
 	// takes the events of all.
 	daemons *journal
+	// supervisor is the daemon that supervises phases; nil if this is it.
+	supervisor *supervisor
 
 	mu      sync.Mutex           // guards what follows
 	handles map[bpf.Handle]place // no journal for a handle that is none of ours
@@ -83,6 +85,8 @@ func OpenHooks(p *policy.File, opts Options) (_ *Hooks, err error) {
 	}
 	h := newHooks(newAgent(p, opts, s, j, kernelHost{hierarchy}))
 	h.daemons = &journal{dir: daemonJournal(p)}
+	h.supervisor = &supervisor{listenerSocket(p)}
+	h.a.compiler = h.supervisor
 	h.a.cgroupMode = hierarchy.Mode.String()
 	h.a.closers = []io.Closer{s}
 	h.open = func() (*bpf.Recorder, error) { return bpf.Open(p.BPFFS, bpf.Options{}) }
@@ -93,11 +97,11 @@ func hooksJournal(p *policy.File) string  { return filepath.Join(p.StateDir, "ho
 func daemonJournal(p *policy.File) string { return filepath.Join(p.StateDir, "instances") }
 
 // adoptHooks is the hooks' side of a daemon, which publishes what they lost, and
-// serves rootless ones. It only looks where there is a recorder: nothing is lost
-// elsewhere.
+// serves rootless ones, and supervises what has phases. It only looks where there is
+// any of that.
 func (a *Agent) adoptHooks() (*Hooks, error) {
 	ring, ok := a.recorder.(ring)
-	if !ok && len(a.policy.Hook.Rootless.Users) == 0 {
+	if !ok && len(a.policy.Hook.Rootless.Users) == 0 && !a.mayHavePhases() {
 		return nil, nil
 	}
 	j, err := openJournal(hooksJournal(a.policy))
@@ -322,7 +326,14 @@ func (h *Hooks) createdBy(ctx context.Context, id string, pid, hook int, facts f
 	if err == nil {
 		err = h.created(in, pid, hook)
 	}
-	if err != nil {
+	if err == nil {
+		err = h.supervise(ctx, in)
+	}
+	switch {
+	case err != nil && in.Phases != nil:
+		// Whatever the failure policy: its filter would ask nobody.
+		return errors.Join(err, h.discard(in))
+	case err != nil:
 		// Nothing is left behind of a container that doesn't start, or that
 		// syslatch leaves alone.
 		return h.settle(in, errors.Join(err, h.discard(in)))
@@ -397,7 +408,7 @@ func (h *Hooks) created(in *instance, pid, hook int) error {
 	if err != nil {
 		return err
 	}
-	if in.Record {
+	if in.Record || in.Phases != nil {
 		own, err := h.a.host.CgroupOf(hook)
 		if err != nil {
 			return err

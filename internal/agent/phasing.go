@@ -41,6 +41,9 @@ type phasing struct {
 	holder      *holder.Client                          // guarded by mu; nil while there is none
 	kept        map[string]map[string]*seccomp.Listener // guarded by mu: by container and the holder's name
 	chains      uint64                                  // guarded by mu: names given
+
+	adopting sync.Mutex           // held while an instance of the hooks begins or ends here
+	hooked   map[string]*instance // by id: those of the hooks' journal; guarded by Agent.mu
 }
 
 // listenerSocket is where runtimes send listeners.
@@ -62,7 +65,7 @@ func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, erro
 	p := &phasing{
 		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
-		startHolder: start, kept: map[string]map[string]*seccomp.Listener{},
+		startHolder: start, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
 	}
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -126,7 +129,11 @@ func (a *Agent) phaseEvent(e phase.Event) {
 	if e.Kind != phase.Switched && e.Kind != phase.Failed {
 		return
 	}
-	if in := a.instance(e.Instance); in != nil && in.Phases != nil {
+	in := a.instance(e.Instance)
+	if in == nil {
+		in = a.phases.hookedInstance(e.Instance)
+	}
+	if in != nil && in.Phases != nil {
 		a.keepPhase(in, e)
 	}
 }
@@ -134,7 +141,13 @@ func (a *Agent) phaseEvent(e phase.Event) {
 // keepPhase keeps where an instance is, for the next process.
 func (a *Agent) keepPhase(in *instance, e phase.Event) {
 	now := phaseNow{Phase: e.To, Generation: e.Generation, Original: in.limits.snapshot()}
-	if err := a.journal.savePhase(in.Container.ID, now); err != nil {
+	var err error
+	if in.hooks != nil {
+		err = in.hooks.savePhase(in, now)
+	} else {
+		err = a.journal.savePhase(in.Container.ID, now)
+	}
+	if err != nil {
 		a.instanceLog(in).WithError(err).Error("phase not kept: if syslatchd is restarted, the container is in an earlier one")
 	}
 }
@@ -158,19 +171,28 @@ func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *prof
 	return set, plan, nil
 }
 
-// compile makes the filter of a decision's phases, or says what can't be enforced.
-func (p *phasing) compile(d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	ip := &instancePhases{p.host, p.newer, runtime}
+// compiler makes the filter of a decision's phases, or says what can't be enforced, for
+// who supervises them.
+type compiler interface {
+	compile(ctx context.Context, c policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error)
+}
+
+func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
+	return compilePhases(d, &instancePhases{p.host, p.newer, runtime}, p.socket)
+}
+
+// compilePhases: socket is where runtimes send listeners.
+func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
 	_, plan, err := phasesOf(d, ip)
 	if err != nil {
 		return nil, nil, err
 	}
-	gaps := append(plan.Gaps, limitGapsOf(d, runtime)...)
+	gaps := append(plan.Gaps, limitGapsOf(d, ip.Runtime)...)
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
 	if plan.Listener {
-		plan.Profile.ListenerPath = p.socket
+		plan.Profile.ListenerPath = socket
 	}
 	return ip, plan, nil
 }
@@ -294,6 +316,9 @@ func (p *phasing) take(conn *net.UnixConn) error {
 		return err
 	}
 	state, f, err := seccomp.ReceiveListener(conn)
+	if errors.Is(err, seccomp.ErrNoDescriptor) && state.Metadata == fromHook {
+		return p.answerHook(conn, &state.State)
+	}
 	if err != nil {
 		return err
 	}
@@ -308,6 +333,7 @@ func (p *phasing) take(conn *net.UnixConn) error {
 	}
 	p.keep(id, l)
 	if err := p.supervisor.Serve(id, l); err != nil {
+		p.forget(id) // it has ended meanwhile
 		return errors.Join(err, l.Close())
 	}
 	return nil
@@ -320,7 +346,11 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		return
 	}
 	log := a.instanceLog(in)
-	now, err := a.journal.phase(in.Container.ID)
+	journal := a.journal
+	if in.hooks != nil {
+		journal = in.hooks.a.journal
+	}
+	now, err := journal.phase(in.Container.ID)
 	if err != nil {
 		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
 	}

@@ -110,7 +110,7 @@ const (
 	maxFDs = 253
 )
 
-// ErrNoDescriptor: a whole state came, and no listener.
+// ErrNoDescriptor is that of a whole state that came without a listener.
 var ErrNoDescriptor = errors.New("no descriptor")
 
 // ReceiveListener takes what a runtime sends to linux.seccomp.listenerPath: the

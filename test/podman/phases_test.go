@@ -58,7 +58,9 @@ func (e *env) startDaemon() *daemon {
 		e.t.Fatal(err)
 	}
 	defer f.Close()
-	d := &daemon{e: e, log: f.Name(), cmd: exec.Command(filepath.Join(programs, "syslatchd"), "--config", e.policy, "--nri-socket", e.dir+"/none.sock", "--log-format", "json")}
+	// With no more capabilities than the systemd unit leaves it.
+	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set=-all,+bpf,+perfmon", "--inh-caps=-all", "--no-new-privs",
+		filepath.Join(programs, "syslatchd"), "--config", e.policy, "--nri-socket", e.dir+"/none.sock", "--log-format", "json")}
 	d.cmd.Stdout, d.cmd.Stderr = f, f
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := d.cmd.Start(); err != nil {
@@ -264,6 +266,46 @@ func TestPhases(t *testing.T) {
 		d.wait("phase event", `"ended"`, id)
 
 		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.idle()
+	})
+}
+
+// Phases that differ in limits alone have no listener, and are switched as well.
+func TestPhasesOfLimits(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", `
+- name: limits
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  phases:
+    initial: busy
+    busy: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 300}}
+    idle: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 700}}
+`)
+		d := e.startDaemon()
+		if r := e.run("agent", []string{"--detach"}, "sleep", "1000"); r.code != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := e.oomScore("agent"); got != 300 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		id := e.inspect("agent", "{{.Id}}")
+		e.phase("set", id, "idle")
+		if got := e.oomScore("agent"); got != 700 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		d.kill(syscall.SIGKILL)
+		d = e.startDaemon()
+		if st := e.phaseStatus(id); st.Phase != "idle" || st.State != phase.Holds {
+			t.Errorf("%+v", st)
+		}
+		e.phase("set", id, "busy")
+		if got := e.oomScore("agent"); got != 300 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		e.podman("rm", "--force", "--time", "0", "agent")
+		d.wait("phase event", `"ended"`, id)
 		e.idle()
 	})
 }

@@ -47,7 +47,7 @@ generate: ## Rebuild the committed BPF objects (prints instruction counts)
 
 .PHONY: generated
 generated: ## Check that the committed BPF objects are what their sources make
-	@sums=$$(sha256sum bpf/syslatch_x86_bpfel.*); $(MAKE) --no-print-directory generate; \
+	@sums=$$(sha256sum bpf/*_x86_bpfel.*); $(MAKE) --no-print-directory generate; \
 	sha256sum --quiet -c <<<"$$sums" || { echo "the BPF objects were not made of these sources: commit what is there now"; exit 1; }
 
 .PHONY: deps-build deps
@@ -84,7 +84,7 @@ testbin: deps build
 	CGO_ENABLED=0 GOARCH=386 go build -o $(TESTBIN)/odd386 ./test/podman/odd
 	gcc -O1 -static -o $(TESTBIN)/forms test/workloads/forms/forms.c
 	gcc -m32 -O1 -ffreestanding -fno-pic -no-pie -nostdlib -static -o $(TESTBIN)/compat test/workloads/compat/compat.c
-	for p in ./bpf ./internal/cgroup ./internal/seccomp ./internal/store ./contrib ./test/oracle ./test/e2e ./test/podman; do \
+	for p in ./bpf ./internal/cgroup ./internal/seccomp ./internal/store ./contrib ./cmd/syslatch ./test/oracle ./test/e2e ./test/podman; do \
 		go test -c -o $(TESTBIN)/$$(basename $$p).test $$p; done
 	go run ./test/images/build # guests have no network
 

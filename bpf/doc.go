@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package bpf records, in the kernel, which system calls the tasks of tracked
-// cgroups make.
+// cgroups make ([Recorder]), and denies by phase what they ask for ([Enforcer]).
 //
 // It owns the BPF programs, their maps and their pins. It knows cgroup ids,
-// slots and numbers: which container a cgroup is, what a call is named and
-// what becomes of a recording are its callers' business.
+// slots and numbers: which container a cgroup is, what a call or a phase is
+// named and what becomes of a recording are its callers' business.
 //
 //	r, err := bpf.Open("/sys/fs/bpf/syslatch", bpf.Options{})
 //	h, err := r.Track(cgroupID, bpf.TrackOptions{Gate: bpf.GateFilter, BaseFilters: n})
@@ -54,15 +54,44 @@
 // tracked, by whichever process, and not a moment longer: attached, they cost
 // every task of the host some 90 ns a call.
 //
+// # Phases
+//
+// An Enforcer has programs at hooks of the kernel's that can say no: BPF LSM's, and
+// those of cgroups that look at addresses. What they let pass in each phase of an
+// instance is a [PhaseRules]; which phase it is, one word of memory:
+//
+//	e, err := bpf.OpenEnforcer("/sys/fs/bpf/syslatch-phases", bpf.EnforcerOptions{})
+//	h, err := e.Add(cgroupID, bpf.PhaseSet{0: reading, 1: writing}, bpf.EnforceOptions{Dir: dir})
+//	err = e.Set(h, 1)
+//	err = e.Remove(h)
+//
+// Each program is loaded by itself, where the kernel takes it ([Enforcer.Missing]),
+// and attached while an instance needs it. Tasks belong to instances as they do to
+// the recorder's; what the map of cgroups has no room for is looked for among
+// ancestors. What the programs can't tell they deny, and count ([Enforcer.Errors]).
+//
+// BUG(bpf): a path is looked at where a file is opened. WriteTrees and ReadTrees say
+// nothing of files that are open, nor of rename, link, mkdir and their kin; a file
+// that an open makes outside of them is denied and stays, empty.
+//
+// BUG(bpf): mappings that are shared and writable stay so when the phase changes.
+//
+// BUG(bpf): programs of cgroups run for sockets that were made in the cgroup. Those
+// that a task brought along are judged by BPF LSM only; so are raw ones.
+//
+// BUG(bpf): on an overlay, a change of a file's mode or owner that copies it up makes
+// a file, which phases without OpenWrite deny.
+//
 // # Kernels
 //
 // Linux 6.1 or later on x86_64, with BTF and cgroup version 2, mounted as
 // hybrid or unified. The caller needs CAP_BPF, CAP_PERFMON and, for the pins,
-// write access to a bpffs. [Probe] says what a host has.
+// write access to a bpffs; an Enforcer's programs of cgroups take CAP_NET_ADMIN
+// beside. [Probe] says what a host has.
 //
 // # Errors
 //
-// [ErrFull], [ErrTracked], [ErrUnknown], [ErrLayout], [ErrBusy] and
-// [ErrUnsupported] are what callers decide on. All other errors are the
-// kernel's, wrapped with what was attempted.
+// [ErrFull], [ErrEnforcerFull], [ErrTracked], [ErrUnknown], [ErrLayout], [ErrBusy] and
+// [ErrUnsupported], of which [MissingError] is one, are what callers decide on. All
+// other errors are the kernel's, wrapped with what was attempted.
 package bpf

@@ -25,3 +25,13 @@ func LackVsyscalls() (restore func()) {
 	optional = map[string]string{syslatchProgSyslatchVsys: "no_such_tracepoint"}
 	return func() { optional = was }
 }
+
+// CrashInAdd leaves what a process leaves that is killed before Add's last write.
+func (e *Enforcer) CrashInAdd(h PhaseHandle) {
+	atomic.StoreUint32(&e.slots[h.Slot].State, uint32(phasesPhaseStatePHASE_SETUP))
+}
+
+// BreakPhase makes a phase the current one that doesn't exist.
+func (e *Enforcer) BreakPhase(h PhaseHandle) {
+	atomic.StoreUint64(&e.slots[h.Slot].Now, uint64(StartPhase+1)<<32|uint64(h.Generation))
+}

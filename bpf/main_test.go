@@ -528,6 +528,10 @@ func helper(mode string) error {
 		return a.run(in, out)
 	case "bench":
 		return benchCaller(in, out)
+	case "few capabilities":
+		return fewCapabilities(out)
+	case "phased":
+		return phased(in, out)
 	}
 	return fmt.Errorf("unknown mode %s", mode)
 }

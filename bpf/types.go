@@ -12,6 +12,8 @@ var (
 	// ErrFull means that there is no room for another instance, or cgroup. Those
 	// that are in go on recording.
 	ErrFull = errors.New("recorder is full")
+	// ErrEnforcerFull means that there is no room in an [Enforcer].
+	ErrEnforcerFull = errors.New("enforcer is full")
 	// ErrTracked means that the cgroup belongs to an instance already.
 	ErrTracked = errors.New("cgroup is tracked already")
 	// ErrUnknown means that a handle's instance is not, or no longer, there.
@@ -25,7 +27,7 @@ var (
 	ErrBusy = errors.New("another process reads the events")
 	// ErrUnsupported means that the kernel, or this process's privileges, won't
 	// do. Probe tells what is missing.
-	ErrUnsupported = errors.New("recorder is not supported here")
+	ErrUnsupported = errors.New("not supported here")
 )
 
 // ABI is a system call table of the kernel. A call number means nothing

@@ -99,7 +99,8 @@ func TestUnitUnderSystemd(t *testing.T) {
 		}
 	}
 	for name, source := range map[string]string{
-		"syslatchd": filepath.Join(bin, "syslatchd"), "syslatch-hook": filepath.Join(bin, "syslatch-hook"), "contrib.test": self, "syslatchd.service": "systemd/syslatchd.service",
+		"syslatchd": filepath.Join(bin, "syslatchd"), "syslatch-hook": filepath.Join(bin, "syslatch-hook"), "syslatch": filepath.Join(bin, "syslatch"), "contrib.test": self,
+		"syslatchd.service": "systemd/syslatchd.service", "phases.conf": "systemd/phases.conf",
 	} {
 		if out, err := exec.Command("cp", source, filepath.Join(files, name)).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -151,6 +152,14 @@ policies:
   match: {users: [nobody]}
   workload: app # the hook is asked about no real container, which had a name
   mode: record
+- name: agent
+  match: {namespaces: [agents]}
+  mode: enforce
+  phases:
+    initial: read_only
+    gaps: report
+    read_only: {allow: ["@file-read", "@basic-io", "@info", "@process"]}
+    write: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"], limits: {pids: {max: 44}}}
 - name: all
   match: {namespaces: [demo]}
   mode: record
@@ -244,6 +253,56 @@ func testInside(t *testing.T) {
 		if strings.Contains(line, "level=error") || strings.Contains(line, "level=warning") && !strings.Contains(line, "dry run") {
 			t.Errorf("syslatchd says %s", line)
 		}
+	}
+	phases(t, h)
+}
+
+// phases: with the drop-in, a container's phase is switched, and outlives a killed
+// syslatchd.
+func phases(t *testing.T, h *harness.Host) {
+	t.Helper()
+	ctx := t.Context()
+	if out, err := exec.Command("cp", "phases.conf", "/run/systemd/system/syslatchd.service.d/").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	systemctl(t, "daemon-reload")
+	systemctl(t, "restart", "syslatchd")
+	awaitLog(t, "msg=synchronized", 3)
+	pod, err := h.NewPod(ctx, harness.PodOptions{Namespace: "agents", Runtime: harness.Runc15})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{"/bin/sh", "-c",
+		"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done"}})
+	if err == nil {
+		err = c.Start(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	says := func(want string) {
+		t.Helper()
+		from := len(c.Log())
+		if err := c.WaitLog(ctx, func(log string) bool { return len(log) > from+3*len(want) && strings.HasSuffix(log, want+"\n") }); err != nil {
+			t.Fatalf("never said %q: %v\n%s", want, err, c.Log())
+		}
+	}
+	set := func(phase string) {
+		t.Helper()
+		if out, err := exec.Command("./syslatch", "phase", "set", c.ID, phase, "--timeout", "30s").CombinedOutput(); err != nil {
+			t.Fatalf("phase set %s: %v: %s", phase, err, out)
+		}
+	}
+	says("denied")
+	set("write")
+	says("made")
+	systemctl(t, "kill", "--kill-who=main", "--signal=KILL", "syslatchd")
+	awaitLog(t, "msg=synchronized", 4)
+	says("made")
+	set("read_only")
+	says("denied")
+	if err := c.Stop(ctx, 0); err != nil {
+		t.Error(err)
 	}
 }
 

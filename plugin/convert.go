@@ -93,6 +93,9 @@ func toNRI(plan *adjust.Plan) *api.ContainerAdjustment {
 	if plan.OOMScoreAdj != nil {
 		a.SetLinuxOomScoreAdj(plan.OOMScoreAdj)
 	}
+	for _, m := range plan.Mounts {
+		a.AddMount(&api.Mount{Destination: m.Destination, Type: m.Type, Source: m.Source, Options: m.Options})
+	}
 	for _, l := range plan.Rlimits {
 		a.AddRlimit(l.Type, l.Hard, l.Soft)
 	}

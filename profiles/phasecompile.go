@@ -64,17 +64,34 @@ var kernelHooks = []struct {
 	// seen or not, whatever its arguments.
 	scalar map[string]uint
 	known  func() region // forms that it can tell apart; nil: any value
+	// others pass the hook as well, and not with what a filter sees of them: it
+	// decides only where the phases that allow them allow all the rest.
+	others []string
 }{
 	{"lsm/file_open", []string{"open", "openat", "creat"}, openArgument, func() region {
 		return region{{0: bits{openWrites, 0}}}
-	}},
-	{"lsm/socket_create", []string{"socket", "socketpair"}, map[string]uint{"socket": 0, "socketpair": 0}, nil},
-	{"lsm/socket_connect", []string{"connect"}, nil, nil},
-	{"lsm/socket_bind", []string{"bind"}, nil, nil},
-	{"lsm/socket_listen", []string{"listen"}, nil, nil},
-	{"lsm/socket_accept", []string{"accept", "accept4"}, nil, nil},
-	{"lsm/bprm_check_security", []string{"execve", "execveat"}, nil, nil},
+	}, []string{"openat2", "open_by_handle_at", "mknod", "mknodat", "acct", "swapon", "swapoff"}},
+	{"lsm/socket_create", []string{"socket", "socketpair"}, map[string]uint{"socket": 0, "socketpair": 0}, nil, nil},
+	{"lsm/socket_connect", []string{"connect"}, nil, nil, nil},
+	{"lsm/socket_bind", []string{"bind"}, nil, nil, nil},
+	{"lsm/socket_listen", []string{"listen"}, nil, nil, nil},
+	{"lsm/socket_accept", []string{"accept", "accept4"}, nil, nil, nil},
+	{"lsm/bprm_check_security", []string{"execve", "execveat"}, nil, nil, nil},
 }
+
+// Programs that look at more than calls.
+const (
+	cgroupAddresses = "cgroup/connect4, cgroup/connect6, cgroup/sendmsg4, cgroup/sendmsg6"
+	lsmAddresses    = "lsm/socket_connect, lsm/socket_sendmsg"
+	lsmOpenSockets  = "lsm/socket_sendmsg, lsm/socket_recvmsg"
+)
+
+// What [PhaseHook.Allows] says of them.
+const (
+	onlyReading = "reading"
+	anySocket   = "any"
+	noSocket    = "none"
+)
 
 // projectCall is a call's arguments as a hook sees them: the one scalar in the first
 // place. creat is an open for writing.
@@ -96,6 +113,11 @@ func (c *phaseCompiler) findHooks() {
 		return
 	}
 	for _, k := range kernelHooks {
+		// A supervisor has to see the execve that ends StartPhase; next to what an
+		// execve takes, being asked about each is nothing.
+		if c.host.Notify && slices.Equal(k.calls, beginsPhases) {
+			continue
+		}
 		var calls []string
 		varies := false
 		for _, name := range k.calls {
@@ -121,6 +143,9 @@ func (c *phaseCompiler) findHooks() {
 			}
 		}
 		if !ok || !c.agree(calls, seen) {
+			continue
+		}
+		if !c.othersPass(calls, seen, k.others) {
 			continue
 		}
 		h := PhaseHook{Program: k.program, Calls: calls, Allows: map[string]string{}, regions: map[string]region{}, project: projectCall(k.scalar)}
@@ -200,10 +225,23 @@ func (c *phaseCompiler) agree(calls []string, seen map[string]map[string]region)
 	return true
 }
 
+// othersPass says whether a hook would stand in the way of calls that it isn't for.
+func (c *phaseCompiler) othersPass(calls []string, seen map[string]map[string]region, others []string) bool {
+	for _, phase := range c.all() {
+		if !slices.ContainsFunc(others, func(name string) bool { return len(c.regions[phase][name]) > 0 }) {
+			continue
+		}
+		if !slices.ContainsFunc(calls, func(name string) bool { return seen[name][phase].any() }) {
+			return false
+		}
+	}
+	return true
+}
+
 func hookForm(program string, r region) string {
 	if program == "lsm/file_open" && len(r) > 0 && !r.any() {
 		if r.has(specs.ArchX86_64, [6]uint64{}) {
-			return "reading"
+			return onlyReading
 		}
 		return "writing"
 	}
@@ -356,9 +394,8 @@ func (c *phaseCompiler) call(b *builder, name string, always, ever region) {
 	// Where the union is what all allow, or a hook tells the rest apart, the filter
 	// allows it.
 	alike, err := ever.within(always)
-	// A supervisor has to see the execve that ends StartPhase; next to what an execve
-	// takes, being asked about each is nothing.
-	if slices.Contains(beginsPhases, name) && len(c.notified) > 0 && c.hooked[name] == "" {
+	// See findHooks.
+	if slices.Contains(beginsPhases, name) && len(c.notified) > 0 {
 		c.notified[name] = true
 		b.add(name, specs.ActNotify, [][]specs.LinuxSeccompArg{nil})
 		return
@@ -612,7 +649,7 @@ func (c *phaseCompiler) fileGaps() {
 			writing[p.Name] = "any"
 		} else {
 			readers = append(readers, p.Name)
-			writing[p.Name] = "reading"
+			writing[p.Name] = onlyReading
 		}
 	}
 	if len(withPaths) > 0 {
@@ -624,6 +661,9 @@ func (c *phaseCompiler) fileGaps() {
 			}
 		}
 	}
+	if c.host.LSM {
+		c.treeGaps(writers)
+	}
 	if len(writers) == 0 || len(readers) == 0 {
 		return
 	}
@@ -633,6 +673,26 @@ func (c *phaseCompiler) fileGaps() {
 		c.Gaps = append(c.Gaps, PhaseGap{readers, "files that were opened for writing in " + strings.Join(writers, ", ") + " stay writable", noLSM, bootLSM})
 	}
 	c.Notes = append(c.Notes, "files that were mapped shared and writable in "+strings.Join(writers, ", ")+" stay so until they are unmapped")
+}
+
+// treeGaps tells of what a hook can't undo, or doesn't see, of paths.
+func (c *phaseCompiler) treeGaps(writers []string) {
+	for _, p := range c.set.Phases {
+		if len(p.WritePaths) == 0 {
+			continue
+		}
+		others := slices.DeleteFunc(slices.Clone(writers), func(other string) bool {
+			return other == p.Name || inside(c.phase(other).WritePaths, p.WritePaths)
+		})
+		if len(others) > 0 {
+			c.Gaps = append(c.Gaps, PhaseGap{
+				[]string{p.Name},
+				"files elsewhere that were opened for writing in " + strings.Join(others, ", ") + " stay writable",
+				"paths are looked at where a file is opened, and nowhere else", "give them the same write paths, or none to one of them",
+			})
+		}
+		c.Notes = append(c.Notes, "phase "+p.Name+" denies an open that would make a file outside of its write paths when the file is made, which stays, empty")
+	}
 }
 
 // changes lists the calls by which a phase changes files that it names, other than by
@@ -706,9 +766,9 @@ func (c *phaseCompiler) networkGaps() {
 	switch {
 	case len(bound) == 0:
 	case c.host.CgroupConnect:
-		c.Hooks = append(c.Hooks, PhaseHook{Program: "cgroup/connect4, cgroup/connect6, cgroup/sendmsg4, cgroup/sendmsg6", Allows: allows})
+		c.Hooks = append(c.Hooks, PhaseHook{Program: cgroupAddresses, Allows: allows})
 	case c.host.LSM:
-		c.Hooks = append(c.Hooks, PhaseHook{Program: "lsm/socket_connect, lsm/socket_sendmsg", Allows: allows})
+		c.Hooks = append(c.Hooks, PhaseHook{Program: lsmAddresses, Allows: allows})
 	default:
 		for _, phase := range bound {
 			c.Gaps = append(c.Gaps, PhaseGap{[]string{phase}, "other addresses can be reached, too (" + allows[phase] + ")", noAddress, "boot a kernel with CONFIG_CGROUP_BPF=y, and mount cgroup v2"})
@@ -717,10 +777,10 @@ func (c *phaseCompiler) networkGaps() {
 	// open is what sockets that exist are good for.
 	open, differs := map[string]string{}, len(connecting) > 0 && len(cut) > 0
 	for _, phase := range cut {
-		open[phase] = "none"
+		open[phase] = noSocket
 	}
 	for _, phase := range connecting {
-		open[phase] = "any"
+		open[phase] = anySocket
 		others := slices.DeleteFunc(slices.Clone(connecting), func(other string) bool {
 			return slices.Equal(c.phase(other).Network, c.phase(phase).Network)
 		})
@@ -735,7 +795,7 @@ func (c *phaseCompiler) networkGaps() {
 	switch {
 	case !differs:
 	case c.host.LSM:
-		c.Hooks = append(c.Hooks, PhaseHook{Program: "lsm/socket_sendmsg, lsm/socket_recvmsg", Allows: open})
+		c.Hooks = append(c.Hooks, PhaseHook{Program: lsmOpenSockets, Allows: open})
 	case len(cut) > 0:
 		c.Gaps = append(c.Gaps, PhaseGap{cut, "sockets that were connected in " + strings.Join(connecting, ", ") + " go on, with read and write", noSockets, bootLSM})
 	}

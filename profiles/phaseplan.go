@@ -315,13 +315,6 @@ func (p *PhasePlan) Tightens(from, to string) bool {
 	calls := func(list ...string) bool {
 		return slices.ContainsFunc(list, func(name string) bool { return len(p.regions[to][name]) > 0 })
 	}
-	inside := func(list, trees []string) bool {
-		return trees == nil || list != nil && !slices.ContainsFunc(list, func(path string) bool {
-			return !slices.ContainsFunc(trees, func(tree string) bool {
-				return path == tree || strings.HasPrefix(path, strings.TrimSuffix(tree, "/")+"/")
-			})
-		})
-	}
 	switch {
 	case calls("open", "openat", "openat2", "io_uring_setup") && !inside(b.ReadPaths, a.ReadPaths):
 		return false
@@ -331,6 +324,15 @@ func (p *PhasePlan) Tightens(from, to string) bool {
 		return true
 	}
 	return b.Network != nil && len(without(slices.Clone(b.Network), a.Network)) == 0
+}
+
+// inside says whether all paths of a list are in trees, nil being everywhere.
+func inside(list, trees []string) bool {
+	return trees == nil || list != nil && !slices.ContainsFunc(list, func(path string) bool {
+		return !slices.ContainsFunc(trees, func(tree string) bool {
+			return path == tree || strings.HasPrefix(path, strings.TrimSuffix(tree, "/")+"/")
+		})
+	})
 }
 
 func (p *PhasePlan) phase(name string) *Phase {

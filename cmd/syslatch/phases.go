@@ -125,8 +125,8 @@ Then it says what can't be enforced on this host, why, and what would help. The 
 is looked at as 'syslatch doctor' does; --assume takes its place, a list of notify,
 wait-killable, lsm, cgroup-connect and inject, or all, or none.
 
-This version compiles and shows phases. It does not enforce them: syslatchd and
-syslatch-hook refuse a file that has some.
+This version uses notify for containers, BPF programs (lsm, cgroup-connect) for
+'syslatch run' only, and inject for nothing.
 
 JSON output has the schema ` + phasesSchema + `; fields may be added to it.
 
@@ -335,7 +335,7 @@ func newPhasesView(p *policy.Policy, host profiles.PhaseHost, checks []doctor.Ch
 func notNil[T any](list []T) []T { return append([]T{}, list...) }
 
 func (v *phasesView) writeHead(w io.Writer) {
-	fmt.Fprintf(w, "policy %s, initial phase %s. Shown only: this version doesn't enforce phases.\n", v.Policy, v.Initial)
+	fmt.Fprintf(w, "policy %s, initial phase %s\n", v.Policy, v.Initial)
 	var has []string
 	for i, b := range featuresOf(&v.Host) {
 		if *b {

@@ -65,7 +65,6 @@ func TestProfilePhases(t *testing.T) {
 	}{
 		{"asked", []string{"--assume", "notify,cgroup-connect,inject"}, []string{
 			"policy agent, initial phase read_only",
-			"this version doesn't enforce phases",
 			"host has notify cgroup-connect inject (assumed)",
 			"write_logs  read_only network locked   write /var/log/agent",
 			`{"memory":{"max":67108864}}`,

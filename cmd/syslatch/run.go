@@ -45,7 +45,7 @@ includes), and must allow execve, as recorded profiles do. Without root
 
 With --policy, runs COMMAND in a phase of a policy, in a cgroup of its own, and
 stays to supervise it and all that it starts. The phase is switched over the socket
-of --api-socket, with 'syslatch phase set' or plain HTTP. What the phase does not
+of --api-socket, with 'syslatch phase set --socket' or plain HTTP. What the phase does not
 allow fails with EPERM. If syslatch is killed, what differs between phases fails
 with ENOSYS from then on. That needs root, or a cgroup that is delegated.
 
@@ -57,8 +57,7 @@ Exit status: that of COMMAND; 125 if syslatch itself failed, 126 if COMMAND can'
 be executed, 127 if it wasn't found; 2 if the command line is wrong.`,
 		Example: `  syslatch run --profile app.json -- ./app
   syslatch run --profile app.json --no-new-privs -- mkdir /tmp/x
-  syslatch run --policy policy.yaml --phase read_only --api-socket /run/agent.sock -- ./agent
-  syslatch phase set --socket /run/agent.sock run-4711 network`,
+  syslatch run --policy phases.yaml --phase write_logs --api-socket /run/agent.sock -- ./app`,
 		Args:              needCommand("syslatch run --profile FILE -- COMMAND"),
 		ValidArgsFunction: completeCommand,
 		RunE:              f.run,

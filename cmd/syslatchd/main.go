@@ -28,6 +28,7 @@ import (
 	phaseapi "github.com/syslatch/syslatch/internal/api"
 	"github.com/syslatch/syslatch/internal/cli"
 	"github.com/syslatch/syslatch/internal/holder"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/plugin"
@@ -340,6 +341,8 @@ func newAgent(p *policy.File, log *logrus.Entry) (*agent.Agent, error) {
 		cmd := exec.Command("/proc/self/exe", holderCommand, p.StateDir)
 		cmd.Args[0] = "syslatchd"
 		return cmd
+	}, Inside: func(s *phase.Supervisor, id, socket string) (io.Closer, error) {
+		return (&phaseapi.Inside{ID: id, Phases: s, Log: log}).Start(socket)
 	}})
 }
 

@@ -126,6 +126,9 @@ type Plan struct {
 	Resources   *specs.LinuxResources
 	OOMScoreAdj *int
 	Rlimits     []specs.POSIXRlimit
+	// Mounts are to be added: the socket by which a container with phases tightens
+	// itself.
+	Mounts []specs.Mount
 	// Expect is what must be found once the container is there.
 	Expect []Expectation
 	// Notes explain; Warnings say that something asked for is not done.

@@ -109,6 +109,9 @@ type Options struct {
 	// Holder starts a process that keeps the listeners of containers with phases
 	// while no syslatchd runs; nil if there is to be none.
 	Holder holder.Start
+	// Inside serves the socket of a container with phases; nil if there is to be
+	// none.
+	Inside ServeInside
 }
 
 // Agent is one node's agent. Its methods may be called concurrently.
@@ -189,7 +192,7 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 		return nil, errors.Join(err, a.Close())
 	}
 	if a.mayHavePhases() {
-		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts.Holder); err != nil {
+		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
 		a.compiler = a.phases

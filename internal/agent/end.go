@@ -151,6 +151,12 @@ func (a *Agent) finish(in *instance) error {
 	}
 	if in.Phases != nil && a.phases != nil {
 		a.phases.end(in.Container.ID)
+		if err := a.phases.endInside(in); err != nil {
+			return err
+		}
+	}
+	if err := a.removeInside(in); err != nil {
+		return err
 	}
 	if err := a.release(in); err != nil {
 		return fmt.Errorf("release recording: %w", err)

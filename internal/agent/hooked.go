@@ -9,14 +9,17 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/profiles"
 )
@@ -30,6 +33,8 @@ import (
 //   - createRuntime tells, under "created", that the instance is in the journal with its
 //     cgroup. When the answer is there, it is supervised. The runtime's init has not
 //     loaded its filter by then, so its listener comes later.
+//   - poststart tells, under "running", that what the runtime sets at last is set: the
+//     phase's oom_score_adj can be.
 //
 // The daemon only reads an instance of the hooks' journal; beside it, it keeps the phase.
 // It lets go of the instance when its cgroup is empty: no hook tells of that, and a
@@ -44,6 +49,8 @@ type hookAnswer struct {
 	Error string             `json:"error,omitempty"`
 	Host  profiles.PhaseHost `json:"host"`
 	Newer []string           `json:"newer"`
+	// Inside says that containers get a socket of their own.
+	Inside bool `json:"inside"`
 }
 
 // askTime bounds a question; the daemon may be starting.
@@ -96,27 +103,35 @@ func (s *supervisor) compile(ctx context.Context, c policy.Container, d *policy.
 	if err != nil {
 		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
 	}
-	return compilePhases(d, &instancePhases{answer.Host, answer.Newer, runtime}, s.socket)
+	return compilePhases(d, &instancePhases{Host: answer.Host, Newer: answer.Newer, Runtime: runtime, inside: answer.Inside}, s.socket)
 }
 
-// supervise has the daemon supervise an instance that is in the journal with its
-// cgroup. Its lock is held.
-func (h *Hooks) supervise(ctx context.Context, in *instance) error {
+// supervise tells the daemon of an instance that is in the journal with its cgroup. Its
+// lock is held where it is created.
+func (h *Hooks) supervise(ctx context.Context, in *instance, status specs.ContainerState) error {
 	if in.Phases == nil {
 		return nil
 	}
-	_, err := h.supervisor.ask(ctx, in.Container.ID, specs.StateCreated)
+	_, err := h.supervisor.ask(ctx, in.Container.ID, status)
 	return err
 }
 
 // answerHook answers a hook.
 func (p *phasing) answerHook(conn *net.UnixConn, state *specs.State) error {
-	answer := hookAnswer{Host: p.host, Newer: p.newer}
-	if state.Status == specs.StateCreated {
-		if err := p.adopt(state.ID); err != nil {
-			p.a.log.WithField("container", state.ID).WithError(err).Error("container of a hook is not supervised, and doesn't start")
-			answer.Error = err.Error()
+	answer := hookAnswer{Host: p.host, Newer: p.newer, Inside: p.inside != nil}
+	var err error
+	switch log := p.a.log.WithField("container", state.ID); state.Status {
+	case specs.StateCreated:
+		if err = p.adopt(state.ID); err != nil {
+			log.WithError(err).Error("container of a hook is not supervised, and doesn't start")
 		}
+	case specs.StateRunning:
+		if err = p.running(state.ID); err != nil {
+			log.WithError(err).Error("container of a hook runs without its phase's oom_score_adj")
+		}
+	}
+	if err != nil {
+		answer.Error = err.Error()
 	}
 	if err := conn.SetDeadline(time.Now().Add(handOver)); err != nil {
 		return err
@@ -159,12 +174,17 @@ func (p *phasing) adopt(id string) error {
 		}
 		p.letGo(old)
 	}
-	p.enter(in)
 	if _, err := p.supervise(in, phaseNow{Phase: in.Decision.Phase}); err != nil {
-		p.a.change(func() { delete(p.hooked, id) })
 		return err
 	}
-	if err := p.attached(in, in.Container.PID); err != nil {
+	p.a.change(func() { p.hooked[id] = in })
+	if err = p.serveInside(in); err == nil {
+		err = p.attached(in, in.Container.PID)
+	}
+	if err == nil {
+		err = p.begin(in)
+	}
+	if err != nil {
 		p.letGo(in)
 		return err
 	}
@@ -173,14 +193,41 @@ func (p *phasing) adopt(id string) error {
 	return nil
 }
 
-func (p *phasing) enter(in *instance) {
-	in.hooks = p.a.hooks
-	p.a.change(func() { p.hooked[in.Container.ID] = in })
+// running sets the limits that wait for the container's program to run.
+func (p *phasing) running(id string) error {
+	p.adopting.Lock()
+	defer p.adopting.Unlock()
+	in := p.hookedInstance(id)
+	if in == nil {
+		return nil // it was quick
+	}
+	p.a.change(func() { in.Ran = true })
+	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
+	defer cancel()
+	st, err := p.supervisor.Limit(ctx, id)
+	if errors.Is(err, cgroup.ErrGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return in.hooks.savePhase(in, phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()})
+}
+
+// journalOf is where an instance is kept.
+func (a *Agent) journalOf(in *instance) *journal {
+	if in.hooks != nil {
+		return in.hooks.a.journal
+	}
+	return a.journal
 }
 
 // letGo ends the supervision of an instance. p.adopting is held.
 func (p *phasing) letGo(in *instance) {
 	p.end(in.Container.ID)
+	if err := p.endInside(in); err != nil {
+		p.a.instanceLog(in).WithError(err).Error("socket of a container that has ended is not removed")
+	}
 	p.a.change(func() { delete(p.hooked, in.Container.ID) })
 }
 
@@ -211,17 +258,16 @@ func (p *phasing) checkHooked() {
 	if p == nil {
 		return
 	}
-	var all []*instance
-	p.a.change(func() {
-		for _, in := range p.hooked {
-			all = append(all, in)
-		}
-	})
 	now, cancel := context.WithCancel(context.Background())
 	cancel()
-	for _, in := range all {
+	for _, in := range p.allHooked() {
 		_ = p.over(now, in) // it runs, or watch has told
 	}
+}
+
+func (p *phasing) allHooked() (all []*instance) {
+	p.a.change(func() { all = slices.Collect(maps.Values(p.hooked)) })
+	return all
 }
 
 // pickUpHooked goes on with what an earlier process supervised for hooks.
@@ -242,7 +288,7 @@ func (a *Agent) pickUpHooked(held map[string]map[string]*os.File) {
 		if in == nil || in.Phases == nil || in.CgroupID == 0 || !a.hooks.alive(in) {
 			continue
 		}
-		a.phases.enter(in)
+		a.change(func() { a.phases.hooked[id] = in })
 		a.instanceLog(in).Info("instance picked up")
 		a.pickUpPhases(in, held[id])
 		delete(held, id)

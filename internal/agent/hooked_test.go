@@ -53,7 +53,7 @@ func (w *world) servePhases() *phasing {
 		w.t.Fatal(err)
 	}
 	h.a.hooks = h
-	p, err := newPhasing(h.a, kernelHost{}, nil)
+	p, err := newPhasing(h.a, kernelHost{}, Options{})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -255,7 +255,14 @@ func (h *Hooks) plan(ctx context.Context, c policy.Container, runtime adjust.Run
 		return in, nil, err
 	}
 	in = planned
-	in.Trace = request
+	in.hooks, in.Trace = h, request
+	if in.Phases != nil && in.Phases.inside {
+		dir := insideOf(h.a.policy, in)
+		if err := makeInside(dir); err != nil {
+			return in, nil, err
+		}
+		plan.Mounts = mountsOf(dir)
+	}
 	if request != nil && !plan.Record { // enforce: traced within the profile
 		if h.a.recorder == nil {
 			return in, nil, fmt.Errorf("this host can't record: %w", h.a.recorderErr)
@@ -326,23 +333,19 @@ func (h *Hooks) createdBy(ctx context.Context, id string, pid, hook int, facts f
 	if err == nil {
 		err = h.created(in, pid, hook)
 	}
-	if err == nil {
-		err = h.supervise(ctx, in)
-	}
-	switch {
-	case err != nil && in.Phases != nil:
-		// Whatever the failure policy: its filter would ask nobody.
-		return errors.Join(err, h.discard(in))
-	case err != nil:
+	if err != nil {
 		// Nothing is left behind of a container that doesn't start, or that
 		// syslatch leaves alone.
 		return h.settle(in, errors.Join(err, h.discard(in)))
 	}
 	if err := h.a.verifyCreated(in, pid); err != nil {
-		if in.Decision.Failure == policy.FailureRuntimeDefault {
-			h.a.instanceLog(in).WithError(err).Error("container runs unverified: its failure policy is runtime-default")
-			return nil
+		if in.Decision.Failure != policy.FailureRuntimeDefault {
+			return errors.Join(err, h.discard(in))
 		}
+		h.a.instanceLog(in).WithError(err).Error("container runs unverified: its failure policy is runtime-default")
+	}
+	if err := h.supervise(ctx, in, specs.StateCreated); err != nil {
+		// Whatever the failure policy: its filter would ask nobody.
 		return errors.Join(err, h.discard(in))
 	}
 	return nil
@@ -477,7 +480,7 @@ func parentName() string {
 
 // discard undoes created.
 func (h *Hooks) discard(in *instance) error {
-	if err := h.a.drop(in); err != nil {
+	if err := errors.Join(h.a.drop(in), h.a.removeInside(in)); err != nil {
 		return err
 	}
 	return h.a.journal.remove(in.Container.ID)
@@ -493,7 +496,8 @@ func (h *Hooks) Started(ctx context.Context, id string, pid int) error {
 	if err != nil || in == nil {
 		return err
 	}
-	return h.a.verifyRunning(ctx, in, pid)
+	// A phase's oom_score_adj comes after the policy's.
+	return errors.Join(h.a.verifyRunning(ctx, in, pid), h.supervise(ctx, in, specs.StateRunning))
 }
 
 // ran returns no instance if it was quick, and is gone.
@@ -710,6 +714,7 @@ func (h *Hooks) load(id string) (*instance, error) {
 	case err != nil:
 		return nil, fmt.Errorf("journal %s: %w (remove the file to forget this instance)", h.a.journal.path(id, instanceSuffix), err)
 	}
+	in.hooks = h
 	return in.prepare(), nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -63,7 +64,8 @@ type instance struct {
 	hooks    *Hooks        // in whose journal it is; nil for the agent's own
 	barrier  barrier
 	limits   limits
-	gone     bool // changes; nothing is left of it, neither here nor in the journal
+	inside   io.Closer // changes; serves its own socket, nil if nothing does
+	gone     bool      // changes; nothing is left of it, neither here nor in the journal
 
 	// Of this process only; guarded by Agent.mu.
 	ended    bool          // its end has begun

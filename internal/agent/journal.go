@@ -36,6 +36,7 @@ const (
 	instanceSuffix  = ".json"
 	firstSeenSuffix = ".first-seen"
 	phaseSuffix     = ".phase"
+	frozenSuffix    = ".frozen"
 	newSuffix       = ".new"
 )
 
@@ -169,7 +170,7 @@ func (j *journal) remove(id string) error {
 	if err := j.next("remove"); err != nil {
 		return err
 	}
-	for _, suffix := range []string{firstSeenSuffix, phaseSuffix, instanceSuffix} { // the instance last: load finds the rest by it
+	for _, suffix := range []string{firstSeenSuffix, phaseSuffix, frozenSuffix, instanceSuffix} { // the instance last: load finds the rest by it
 		if err := os.Remove(j.path(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("journal: %w", err)
 		}
@@ -195,8 +196,10 @@ func (j *journal) load() (instances []*instance, problems []error) {
 		id, ok := strings.CutSuffix(e.Name(), instanceSuffix)
 		if !ok {
 			id, belongs := strings.CutSuffix(e.Name(), firstSeenSuffix)
-			if !belongs {
-				id, belongs = strings.CutSuffix(e.Name(), phaseSuffix)
+			for _, suffix := range []string{phaseSuffix, frozenSuffix} {
+				if !belongs {
+					id, belongs = strings.CutSuffix(e.Name(), suffix)
+				}
 			}
 			if strings.HasSuffix(e.Name(), newSuffix) || belongs && !ids[id] {
 				if err := os.Remove(filepath.Join(j.dir, e.Name())); err != nil {

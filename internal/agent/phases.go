@@ -82,6 +82,20 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	group, err := cgroup.New("run")
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		_ = group.Kill() // what is left was started in this group
+		_ = group.Wait(context.Background())
+		_ = group.Remove()
+	}()
+	programs, err := openEnforcer(&host, group)
+	if err != nil {
+		opts.Log.WithError(err).Debug("no BPF programs for phases") // the gaps say what that means
+	}
+	defer func() { err = errors.Join(err, programs.end()) }()
 	plan, err := profiles.CompilePhases(opts.Policy.Set(), host, profiles.PhaseOptions{
 		Architectures: opts.Policy.Architectures, NewerThanKernel: seccomp.NewerThan(seccomp.KernelRelease()),
 	})
@@ -109,15 +123,6 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}
 	defer func() { err = errors.Join(err, events.close()) }()
 
-	group, err := cgroup.New("run")
-	if err != nil {
-		return 0, err
-	}
-	defer func() {
-		_ = group.Kill() // what is left was started in this group
-		_ = group.Wait(context.Background())
-		_ = group.Remove()
-	}()
 	freezer, err := cgroup.NewFreezer(group.Path())
 	if err != nil {
 		return 0, err
@@ -130,6 +135,10 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}
 	if instance.ID == "" {
 		instance.ID = fmt.Sprintf("run-%d", os.Getpid())
+	}
+	begun := &beginning{programs: programs}
+	if len(plan.Hooks) > 0 {
+		instance.Hooks = begun.set
 	}
 	supervised, err := supervisor.Add(instance)
 	if err != nil {
@@ -159,6 +168,12 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	if len(plan.Hooks) > 0 {
+		if err := programs.enforce(plan, supervised.Status().Phase, group); err != nil {
+			child.abandon()
+			return 0, err
+		}
+	}
 	// The execve waits for the supervisor's answer, so the listener comes first.
 	received := make(chan error, 1)
 	go func() { received <- takeListener(ours, supervised) }()
@@ -176,6 +191,13 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Kill()
 		_ = child.cmd.Wait()
 		return 0, failed
+	}
+	if len(plan.Hooks) > 0 {
+		if err := begun.over(freezer); err != nil {
+			_ = group.Kill()
+			_ = child.cmd.Wait()
+			return 0, fmt.Errorf("phase %s: %w", supervised.Status().Phase, err)
+		}
 	}
 	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
 }

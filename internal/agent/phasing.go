@@ -36,6 +36,7 @@ type phasing struct {
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
+	inside      ServeInside  // nil: there is to be none
 	startHolder holder.Start // nil: there is to be none
 	mu          sync.Mutex
 	holder      *holder.Client                          // guarded by mu; nil while there is none
@@ -57,7 +58,7 @@ func hasPhases(p *policy.File) bool {
 // newPhasing looks at the host, and listens.
 //
 // The socket's directory is root's alone, so whoever connects is a runtime, or root.
-func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, error) {
+func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
 	host, _, err := phaseHost()
 	if err != nil {
 		return nil, err
@@ -65,7 +66,7 @@ func newPhasing(a *Agent, kernel kernelHost, start holder.Start) (*phasing, erro
 	p := &phasing{
 		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
-		startHolder: start, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
+		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
 	}
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -86,6 +87,7 @@ func (p *phasing) Close() error {
 	if errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
+	err = errors.Join(err, p.closeInside())
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.holder != nil {
@@ -158,6 +160,8 @@ type instancePhases struct {
 	Host    profiles.PhaseHost `json:"host"`
 	Newer   []string           `json:"newer"`
 	Runtime adjust.Runtime     `json:"runtime"`
+
+	inside bool // the daemon serves sockets inside containers
 }
 
 // phasesOf are a decision's phases and what they compile to.
@@ -178,7 +182,7 @@ type compiler interface {
 }
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	return compilePhases(d, &instancePhases{p.host, p.newer, runtime}, p.socket)
+	return compilePhases(d, &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}, p.socket)
 }
 
 // compilePhases: socket is where runtimes send listeners.
@@ -215,6 +219,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		return nil, err
 	}
 	in.limits.restore(now.Original)
+	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
@@ -237,8 +242,12 @@ func uncovered(gaps []profiles.PhaseGap) func(string) []string {
 	}
 }
 
-// barrier is that of a container, whose cgroup is known from its start on.
+// barrier is that of a container, whose cgroup is known from its start on. While it
+// runs there is a note in the journal, so that the next process thaws what this one,
+// killed in the middle, has left frozen.
 type barrier struct {
+	note string // path
+
 	mu      sync.Mutex
 	freezer *cgroup.Freezer // guarded by mu
 }
@@ -259,7 +268,24 @@ func (b *barrier) Barrier(ctx context.Context) error {
 	if f == nil {
 		return errNoCgroup
 	}
-	return f.Barrier(ctx)
+	if err := os.WriteFile(b.note, nil, 0o600); err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return errors.Join(f.Barrier(ctx), os.Remove(b.note))
+}
+
+// thaw is for a barrier that an earlier process began and didn't end.
+func (b *barrier) thaw() error {
+	if _, err := os.Stat(b.note); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	b.mu.Lock()
+	f := b.freezer
+	b.mu.Unlock()
+	if f == nil {
+		return errNoCgroup
+	}
+	return errors.Join(f.Thaw(), os.Remove(b.note))
 }
 
 // attached tells an instance's cgroup. The instance is taken.
@@ -272,7 +298,27 @@ func (p *phasing) attached(in *instance, pid int) error {
 		return fmt.Errorf("phases: %w", err)
 	}
 	in.barrier.set(f)
-	return nil
+	return in.barrier.thaw()
+}
+
+// begin sets the limits of the phase that an instance begins in. They come after those
+// of the policy, which are in the spec: a phase without any gets these back. The
+// instance is taken.
+func (p *phasing) begin(in *instance) error {
+	if p == nil || in.Phases == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
+	defer cancel()
+	st, err := p.supervisor.Limit(ctx, in.Container.ID)
+	if err != nil {
+		return fmt.Errorf("limits of phase %s: %w", in.Decision.Phase, err)
+	}
+	now := phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()}
+	if now.Original == nil {
+		return nil // the phase has none
+	}
+	return p.a.journalOf(in).savePhase(in.Container.ID, now)
 }
 
 // setLimits sets what limits a phase has, and reads them back.
@@ -283,8 +329,12 @@ func (p *phasing) setLimits(in *instance, name string) error {
 		return nil //nolint:nilerr // it is among the gaps
 	}
 	p.a.mu.Lock()
-	pid := in.Container.PID
+	pid, ran := in.Container.PID, in.Ran
 	p.a.mu.Unlock()
+	if in.hooks != nil && !ran {
+		// crun has yet to set the spec's own: see Hooks.Started.
+		want = slices.DeleteFunc(want, func(e adjust.Expectation) bool { return e.Source == adjust.SourceProc })
+	}
 	return in.limits.set(p.kernel, pid, want)
 }
 
@@ -346,11 +396,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		return
 	}
 	log := a.instanceLog(in)
-	journal := a.journal
-	if in.hooks != nil {
-		journal = in.hooks.a.journal
-	}
-	now, err := journal.phase(in.Container.ID)
+	now, err := a.journalOf(in).phase(in.Container.ID)
 	if err != nil {
 		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
 	}
@@ -358,6 +404,9 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		now.Phase = in.Decision.Phase
 	}
 	sv, err := a.phases.supervise(in, now)
+	if err == nil {
+		err = a.phases.serveInside(in)
+	}
 	if err == nil && in.Container.PID > 0 {
 		err = a.phases.attached(in, in.Container.PID)
 	}

@@ -63,10 +63,15 @@ func (a *Agent) plan(ctx context.Context, c policy.Container, d policy.Decision,
 		return nil, err
 	}
 	if in.Phases != nil {
-		if _, err := a.phases.supervise(in, phaseNow{Phase: d.Phase}); err != nil {
+		_, err := a.phases.supervise(in, phaseNow{Phase: d.Phase})
+		if err == nil {
+			err = a.phases.serveInside(in)
+		}
+		if err != nil {
 			a.change(func() { a.end(in) })
 			return nil, err
 		}
+		plan.Mounts = a.phases.mounts(in)
 	}
 	return plan, nil
 }

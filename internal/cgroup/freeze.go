@@ -38,7 +38,7 @@ type Freezer struct {
 	v2           bool
 }
 
-// ErrOwnCgroup: this process is in the cgroup and would be frozen with it.
+// ErrOwnCgroup means that this process is in the cgroup.
 var ErrOwnCgroup = errors.New("this process is in the cgroup, and would be frozen with it")
 
 // NewFreezer is for a directory of the v2 hierarchy, or of v1's freezer. The error
@@ -154,7 +154,7 @@ func (e *NotFrozenError) Unwrap() error { return e.Err }
 //
 // It writes the switch, reads the state until it is frozen, and writes the switch
 // back. If this process dies in between, the cgroup stays frozen until somebody
-// thaws it; another Barrier takes it for somebody else's.
+// thaws it ([Freezer.Thaw]); another Barrier takes it for somebody else's.
 func (f *Freezer) Barrier(ctx context.Context) (err error) {
 	control, err := os.OpenFile(f.control, os.O_RDWR, 0)
 	if err != nil {
@@ -171,6 +171,19 @@ func (f *Freezer) Barrier(ctx context.Context) (err error) {
 		}
 	}()
 	return gone(f.wait(ctx, control, &ours))
+}
+
+// Thaw lets the tasks of the cgroup go on: after a process that died in Barrier.
+func (f *Freezer) Thaw() error {
+	control, err := os.OpenFile(f.control, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = control.WriteString(f.thaw)
+		err = errors.Join(err, control.Close())
+	}
+	if gone(err) != nil {
+		return fmt.Errorf("thaw %s: %w", f.dir, err)
+	}
+	return nil
 }
 
 // gone takes the end of a cgroup for no error.

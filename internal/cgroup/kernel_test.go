@@ -112,6 +112,8 @@ func help(job string) error {
 		fmt.Println("{}")
 		_, err := io.Copy(io.Discard, os.Stdin)
 		return err
+	case "vfork": // wait for a child's execve, which comes when standard input ends
+		return vfork()
 	case "mount": // see the namespace's own root as the only mount
 		h, err := Detect()
 		if err != nil {

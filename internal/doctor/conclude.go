@@ -121,15 +121,13 @@ func (r *Report) limits() Mechanism {
 	return Mechanism{"limits", Missing, "nothing", r.see("cgroup")}
 }
 
-// phases are not enforced by this build; what they would stand on is told all the
-// same, as it is a reason to choose a kernel.
+// phases stand on the supervisor; what BPF programs could add is used by syslatch run
+// alone so far, and filters by ptrace by nothing.
 func (r *Report) phases() Mechanism {
 	var offers, without []string
 	for _, f := range []struct{ check, name string }{
-		{"seccomp.actions", "SCMP_ACT_NOTIFY"},
 		{"bpf.lsm", "BPF LSM"},
 		{"bpf.cgroup/connect4", "cgroup/connect4"},
-		{"capability.CAP_SYS_PTRACE", "filters by ptrace"},
 	} {
 		if r.status(f.check) == OK {
 			offers = append(offers, f.name)
@@ -137,13 +135,15 @@ func (r *Report) phases() Mechanism {
 			without = append(without, f.check)
 		}
 	}
-	m := Mechanism{"phases", Warn, "nothing: this version shows phases and doesn't enforce them; the host offers ", "nothing to do on this host"}
+	m := Mechanism{"phases", OK, "SCMP_ACT_NOTIFY and a supervisor", ""}
+	if len(offers) > 0 {
+		m.Uses += "; for syslatch run, " + strings.Join(offers, ", ") + " too"
+	}
 	if len(without) > 0 {
-		m.Remedy = "for a later version, " + r.see(without...)
+		m.Status, m.Remedy = Warn, "for paths, addresses and open files in syslatch run: "+r.see(without...)
 	}
-	if len(offers) == 0 {
-		offers = []string{"nothing for them"}
+	if r.status("seccomp.actions") != OK {
+		m.Status, m.Uses, m.Remedy = Missing, "nothing", r.see("seccomp.actions")
 	}
-	m.Uses += strings.Join(offers, ", ")
 	return m
 }

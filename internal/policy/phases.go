@@ -20,7 +20,7 @@ import (
 // fault, and checked nevertheless.
 func (v value) phases(p *Policy) {
 	if !v.d.opts.Phases {
-		v.errorf("are not enforced by this version, and are not ignored either: remove them ('syslatch profile phases' shows what they compile to)")
+		v.errorf("are not enforced by this program, and are not ignored either: remove them ('syslatch profile phases' shows what they compile to)")
 	}
 	if v.Kind != yaml.MappingNode || v.ShortTag() != "!!map" || len(v.Content) == 0 {
 		v.errorf("is %s, want initial and a mapping for each phase; leave the field out for none", v.describe())

@@ -230,11 +230,13 @@ func (l *Listener) DenyOrphans(next uint64) (denied int, err error) {
 
 // Serve asks decide about every call that the filter notifies of, one after the
 // other on one thread, and answers: the call goes on, or returns errno, which is
-// EPERM if decide gives none that is one (1 to 4094).
+// EPERM if decide gives none that is one (1 to 4094). The Notification is decide's
+// until it returns.
 //
-// It returns nil when the last task with the filter is gone, ctx's error when ctx
-// ends and os.ErrClosed when the listener is closed; what waits then goes on
-// waiting, for the next Serve. A call that was received is always answered: calls
+// It returns nil when the last task with the filter is gone (before Linux 6.11: and
+// was waited for by its parent), the cause of ctx's end when that ends, and
+// os.ErrClosed when the listener is closed; what waits then goes on waiting, for the
+// next Serve. A call that was received is always answered: calls
 // of an ABI that isn't x86's get EPERM without being asked about, and if decide
 // panics its call gets EPERM and Serve returns a [PanicError].
 //
@@ -280,6 +282,7 @@ func (l *Listener) Serve(ctx context.Context, decide func(*Notification) (goOn b
 	defer runtime.UnlockOSThread()
 	return l.control(func(fd int) error {
 		fds := [2]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(wakeFD), Events: unix.POLLIN}}
+		var n Notification
 		for {
 			_, _, errno := unix.Syscall(unix.SYS_POLL, uintptr(unsafe.Pointer(&fds)), uintptr(len(fds)), ^uintptr(0))
 			switch {
@@ -292,7 +295,7 @@ func (l *Listener) Serve(ctx context.Context, decide func(*Notification) (goOn b
 			case fds[0].Revents&unix.POLLIN == 0:
 				return nil // POLLHUP: only it tells the end, as ENOENT of RECV is also a call taken back
 			}
-			if err := one(fd, decide); err != nil {
+			if err := one(fd, &n, decide); err != nil {
 				return err
 			}
 		}
@@ -307,8 +310,9 @@ type PanicError struct {
 
 func (e *PanicError) Error() string { return fmt.Sprintf("panic: %v\n%s", e.Value, e.Stack) }
 
-// one receives a notification, if there still is one, and answers it.
-func one(fd int, decide func(*Notification) (bool, uint)) (err error) {
+// one receives a notification, if there still is one, and answers it. It allocates
+// nothing.
+func one(fd int, n *Notification, decide func(*Notification) (bool, uint)) (err error) {
 	var in notif // the kernel wants zeros
 	// Not a RawSyscall: somebody else may have received what poll saw, and then this
 	// blocks.
@@ -331,10 +335,10 @@ func one(fd int, decide func(*Notification) (bool, uint)) (err error) {
 			err = errors.Join(err, failed)
 		}
 	}()
-	n := Notification{ID: in.id, PID: int(in.pid), Args: in.data.args, IP: in.data.ip}
+	*n = Notification{ID: in.id, PID: int(in.pid), Args: in.data.args, IP: in.data.ip}
 	var known bool
 	if n.ABI, n.Number, known = entry(in.data.arch, in.data.nr); known {
-		goOn, errno := decide(&n)
+		goOn, errno := decide(n)
 		switch {
 		case goOn:
 			answer.errno, answer.flags = 0, unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"runtime"
 	"testing"
 	"time"
@@ -199,5 +200,165 @@ func TestServeEnds(t *testing.T) {
 	}
 	if err := l.Serve(t.Context(), allow); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("Serve of a closed listener: %v", err)
+	}
+}
+
+// TestServePanics: the call of a decision that panics, or whose goroutine ends, is
+// denied, and the next Serve goes on.
+func TestServePanics(t *testing.T) {
+	k, l := newTask(t, LoadOptions{NoNewPrivs: true})
+	for _, value := range []any{"oops", nil} {
+		done := make(chan error, 1)
+		go func() {
+			err := errors.New("Goexit")
+			defer func() { done <- err }()
+			err = l.Serve(context.Background(), func(*Notification) (bool, uint) {
+				if value == nil {
+					runtime.Goexit()
+				}
+				panic(value)
+			})
+		}()
+		if got := within(t, k.call(unix.SYS_GETUID), "a call"); got != unix.EPERM {
+			t.Error(got)
+		}
+		err := within(t, done, "the end of Serve")
+		var p *PanicError
+		if errors.As(err, &p) != (value != nil) || p != nil && (p.Value != value || len(p.Stack) == 0) {
+			t.Errorf("%v: %v", value, err)
+		}
+	}
+	serve(t.Context(), l, func(*Notification) (bool, uint) { return true, 0 })
+	if got := within(t, k.call(unix.SYS_GETUID), "a call"); got != 0 {
+		t.Error(got)
+	}
+}
+
+// TestServeSignals: a call that a signal takes back before its answer is made and
+// asked about again; only with WaitKillable it waits.
+func TestServeSignals(t *testing.T) {
+	for _, killable := range []bool{false, true} {
+		t.Run(map[bool]string{false: "", true: "killable"}[killable], func(t *testing.T) {
+			k, l := newTask(t, LoadOptions{NoNewPrivs: true, WaitKillable: killable})
+			var ids []uint64
+			done := serve(t.Context(), l, func(n *Notification) (bool, uint) {
+				ids = append(ids, n.ID)
+				if len(ids) > 1 {
+					return true, 0
+				}
+				if err := unix.Tgkill(os.Getpid(), k.tid, unix.SIGURG); err != nil {
+					t.Error(err)
+				}
+				for valid := true; valid && !killable; {
+					var err error
+					if valid, err = l.Valid(n.ID); err != nil {
+						t.Error(err)
+					}
+				}
+				return true, 0
+			})
+			if got := within(t, k.call(unix.SYS_GETPGRP), "a call"); got != 0 {
+				t.Error(got)
+			}
+			k.end()
+			if err := within(t, done, "the end of Serve"); err != nil {
+				t.Error(err)
+			}
+			if want := 2; killable == (len(ids) == want) || !killable && ids[1] != ids[0]+1 {
+				t.Errorf("asked about %v", ids)
+			}
+		})
+	}
+}
+
+// TestDenyOrphans: another supervisor received calls and died before it answered.
+func TestDenyOrphans(t *testing.T) {
+	k, l := newTask(t, LoadOptions{NoNewPrivs: true, WaitKillable: true})
+	file, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	// The children of the thread have its filter.
+	var cmds []*exec.Cmd
+	for range 3 {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), helperEnv+"=getuid", "GORACE=atexit_sleep_ms=0")
+		started := make(chan error)
+		k.work <- func() { started <- cmd.Start() }
+		if err := within(t, started, "a start"); err != nil {
+			t.Fatal(err)
+		}
+		cmds = append(cmds, cmd)
+		receiveAndDie(t, file)
+	}
+	denied := 0
+	seen := 0
+	done := serve(t.Context(), l, func(n *Notification) (bool, uint) {
+		if seen++; seen == 1 {
+			if denied, err = l.DenyOrphans(n.ID); err != nil {
+				t.Error(err)
+			}
+		}
+		return true, 0
+	})
+	if got := within(t, k.call(unix.SYS_GETUID), "a call"); got != 0 {
+		t.Error(got)
+	}
+	for i, cmd := range cmds {
+		if err := cmd.Wait(); cmd.ProcessState.ExitCode() != int(unix.EPERM) {
+			t.Errorf("child %d: %v", i, err)
+		}
+	}
+	k.end()
+	if err := within(t, done, "the end of Serve"); err != nil || denied != 3 || seen != 1 {
+		t.Errorf("%d denied, %d seen, %v", denied, seen, err)
+	}
+}
+
+// receiveAndDie runs a process that receives one call and ends.
+func receiveAndDie(t *testing.T, listener *os.File) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), helperEnv+"=receive", "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = []*os.File{listener}
+	if err := cmd.Run(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNewListenerRefuses(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := NewListener(r); !errors.Is(err, ErrNoListener) {
+		t.Error(err)
+	}
+	if _, err := r.Stat(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the file is open: %v", err)
+	}
+	if _, err := LoadListener(AllowAllFilter(), LoadOptions{AllThreads: true}); err == nil {
+		t.Error("a listener for all threads")
+	}
+}
+
+func TestEntry(t *testing.T) {
+	for _, tc := range []struct {
+		arch, nr uint32
+		abi      specs.Arch
+		number   uint32
+		known    bool
+	}{
+		{unix.AUDIT_ARCH_X86_64, 59, specs.ArchX86_64, 59, true},
+		{unix.AUDIT_ARCH_X86_64, 520 | x32Bit, specs.ArchX32, 520, true},
+		{unix.AUDIT_ARCH_I386, 11, specs.ArchX86, 11, true},
+		{unix.AUDIT_ARCH_AARCH64, 11, "", 0, false},
+	} {
+		if abi, number, known := entry(tc.arch, tc.nr); abi != tc.abi || number != tc.number || known != tc.known {
+			t.Errorf("%#x %d: %s %d %v", tc.arch, tc.nr, abi, number, known)
+		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"unsafe"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -59,8 +60,28 @@ func TestMain(m *testing.M) {
 // helper reads a filter from standard input. "ask" loads it on one thread and
 // answers what each probe got before and after; "threads" loads it on all and
 // answers what another thread gets; "exec" executes its arguments under it,
-// "storm" does so under a storm of signals.
+// "storm" does so under a storm of signals. "receive", "getuid" and
+// "block" are for other tests and read none.
 func helper(mode string, args []string) error {
+	switch mode {
+	case "receive": // one call, of which nothing becomes
+		var n notif
+		for {
+			_, _, errno := unix.Syscall(unix.SYS_IOCTL, 3, unix.SECCOMP_IOCTL_NOTIF_RECV, uintptr(unsafe.Pointer(&n)))
+			switch errno {
+			case 0:
+				return nil
+			case unix.EINTR, unix.ENOENT: // a signal of Go's came, here or there
+			default:
+				return errno
+			}
+		}
+	case "block": // for TestBarrier
+		return block(os.Getenv("CALL"))
+	case "getuid": // exit with its errno
+		_, _, errno := unix.Syscall(unix.SYS_GETUID, 0, 0, 0)
+		os.Exit(int(errno))
+	}
 	raw, err := io.ReadAll(os.Stdin)
 	if err != nil {
 		return err

@@ -245,6 +245,12 @@ func compose(t *testing.T, set *profiles.PhaseSet, host profiles.PhaseHost, o pr
 	model := newPhaseModel(t, set)
 	asked := vectors(set, r)
 	start := profiles.Floor(o.Runtime)
+	decided := map[string]bool{}
+	for _, h := range plan.Hooks {
+		for _, name := range h.Calls {
+			decided[name] = true
+		}
+	}
 	gaps := map[string]bool{}
 	for _, g := range plan.Gaps {
 		for _, word := range strings.Fields(g.What) {
@@ -253,6 +259,7 @@ func compose(t *testing.T, set *profiles.PhaseSet, host profiles.PhaseHost, o pr
 	}
 	for _, phase := range append([]string{"start"}, plan.Phases...) {
 		table := plan.Table(phase, Number)
+		rules := plan.HookRules(phase)
 		p := &set.Phases[max(0, slices.IndexFunc(set.Phases, func(p profiles.Phase) bool { return p.Name == phase }))]
 		if phase == "start" {
 			p = &set.Phases[slices.IndexFunc(set.Phases, func(p profiles.Phase) bool { return p.Name == set.Initial })]
@@ -282,6 +289,10 @@ func compose(t *testing.T, set *profiles.PhaseSet, host profiles.PhaseHost, o pr
 						got, _ = table.Decide(abi, n.nr, args)
 					}
 					got = got && plan.HookAllows(phase, abi, n.name, args)
+					plain, seen := plainAllows(&rules, n.name, args)
+					if hooked := plan.HookAllows(phase, abi, n.name, args); seen && plain != hooked && decided[n.name] {
+						t.Fatalf("phase %s, %s under %s, arguments %#x: the hook's plain rules allow %t, its regions %t\n%+v\n%s", phase, n.name, abi, args, plain, hooked, rules, show(set))
+					}
 					listed := slices.Contains(profiles.Architectures(plan.Profile), abi)
 					want := listed && (model.allows(p, n.name, &d) || model.everywhere(n.name, asked))
 					if phase == "start" && listed && slices.Contains(start, n.name) && n.name != "openat2" && n.name != "clone3" && !slices.Contains(set.MustDeny, n.name) {
@@ -292,6 +303,10 @@ func compose(t *testing.T, set *profiles.PhaseSet, host profiles.PhaseHost, o pr
 					}
 					if got && !want && gaps[n.name] {
 						continue
+					}
+					nothingWritten := phase != "start" && p.WritePaths != nil && len(p.WritePaths) == 0
+					if want && seen && !plain && !nothingWritten {
+						t.Fatalf("phase %s, %s under %s, arguments %#x: allowed, and denied by the hooks\n%+v\n%s", phase, n.name, abi, args, rules, show(set))
 					}
 					if got != want {
 						t.Fatalf("phase %s, %s under %s, arguments %#x: allowed %t, want %t (filter %#x)\nhost %+v\n%s\n%s", phase, n.name, abi, args, got, want, verdict, host, show(set), describe(plan.Profile))
@@ -313,6 +328,43 @@ func answer(t *testing.T, f Filter, d *seccompData) uint32 {
 		t.Fatal(err)
 	}
 	return v
+}
+
+// plainAllows says what programs do to a call that take a plan's plain rules, and
+// whether the call passes one of them: what package bpf's do, leaving paths and
+// destinations aside.
+func plainAllows(r *profiles.HookRules, name string, args [6]uint64) (allowed, seen bool) {
+	open := func(flags uint64) bool {
+		if uint32(flags)&openWrites != 0 {
+			return r.OpenWrite
+		}
+		return r.OpenRead
+	}
+	switch name {
+	case "open":
+		return open(args[1]), true
+	case "openat":
+		return open(args[2]), true
+	case "creat", "mknod", "mknodat":
+		return r.OpenWrite, true
+	case "openat2", "open_by_handle_at":
+		return r.OpenRead && r.OpenWrite, true // flags that nobody sees
+	case "socket", "socketpair":
+		family := uint32(args[0])
+		// The kernel has no other, and says so before any hook.
+		return family < 64 && r.Families&(1<<family) != 0, family < 64
+	case "connect":
+		return r.Connect, true
+	case "bind":
+		return r.Bind, true
+	case "listen":
+		return r.Listen, true
+	case "accept", "accept4":
+		return r.Accept, true
+	case "execve", "execveat":
+		return r.Exec, true
+	}
+	return true, false
 }
 
 func neverAsked(p *specs.LinuxSeccomp) error {

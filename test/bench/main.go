@@ -38,6 +38,8 @@ var roles = map[string]func() error{
 	workerRole:   work,
 	visitorRole:  loadFilter,
 	filteredRole: visits,
+	callerRole:   call,
+	sleeperRole:  sleep,
 }
 
 func main() {
@@ -87,6 +89,7 @@ var parts = []struct {
 	run  func(*bench, context.Context) error
 }{
 	{"calls", (*bench).callsPart},
+	{"phases", (*bench).phasesPart},
 	{"containers", (*bench).containersPart},
 	{"crowd", (*bench).crowdPart},
 	{"starts", (*bench).startsPart},

@@ -164,7 +164,12 @@ func TestPhases(t *testing.T) {
 			if out, code := e.phase("set", c.ID, "write_logs"); code != 3 {
 				t.Errorf("a transition that the policy doesn't have: exit status %d: %s", code, out)
 			}
-			e.setPhase(c.ID, "read_only")
+			// From inside it may only tighten itself.
+			r, err := c.Exec(e.ctx, "/usr/bin/node", workloads.Scripts+"/inside.mjs", "write_logs", "nowhere", "read_only")
+			if want := "write_logs: 409\nnowhere: 409\nread_only: 200\n"; err != nil || r.Log != want {
+				t.Errorf("from inside: %+v, %v; want %q", r, err, want)
+			}
+			d.waitLog("phase event", `"switched"`, `"origin":"inside"`)
 			says(t, e, c, "read=ok write=EPERM kept=ok connect=EPERM")
 			st := e.phaseStatus(c.ID)
 			if st.State != phase.Holds || st.Generation != 4 || st.Denied == 0 || !strings.Contains(strings.Join(st.Uncovered, "\n"), "stay writable") {
@@ -197,7 +202,7 @@ func TestPhaseAtCreate(t *testing.T) {
 	if r := e.run(harness.PodOptions{}, sh(script)); r.Code != 0 || strings.Contains(r.Log, "made") || !strings.Contains(r.Log, "Operation not permitted") {
 		t.Errorf("initial phase: %+v", r)
 	}
-	if r := e.run(in("write_logs"), sh(script)); r.Code != 0 || r.Log != "made\ndone\n" {
+	if r := e.run(in("write_logs"), sh(script+"; cat /proc/self/oom_score_adj")); r.Code != 0 || r.Log != "made\ndone\n600\n" {
 		t.Errorf("write_logs by annotation: %+v", r)
 	}
 	if msg := createError(t, e, in("loose"), sh(script)); !strings.Contains(msg, "loose") || !strings.Contains(msg, "read_only, write_logs, network or locked") {

@@ -232,6 +232,9 @@ func TestPhases(t *testing.T) {
 		}
 		holds("read_only", 1)
 		inExec(false)
+		if got := s.status("test -S /run/syslatch/phase.sock"); got != "0" {
+			t.Errorf("the container has no socket of its own: exit status %s", got)
+		}
 		e.phase("set", id[:12], "write_logs")
 		s.makes(true)
 		inExec(true)
@@ -267,6 +270,12 @@ func TestPhases(t *testing.T) {
 
 		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
 		e.idle()
+		if left, err := filepath.Glob(e.dir + "/state/inside/*"); err != nil || len(left) > 0 {
+			t.Errorf("sockets of containers are left: %v, %v", left, err)
+		}
+		if strings.Contains(d.text(), "is not removed") {
+			t.Error("a container's socket could not be removed")
+		}
 	})
 }
 
@@ -408,8 +417,12 @@ func TestPhaseAtCreate(t *testing.T) {
 func TestPhasesAreNotForRootless(t *testing.T) {
 	r := newRootless(t, runtimes[0])
 	r.write(fmt.Sprintf("hook: {rootless: {users: [%s], socket: %s}}\n", servedUser, r.socket),
-		strings.Replace(phased, "match: {}", `match: {users: ["*"]}`, 1))
+		strings.NewReplacer("match: {}", `match: {users: ["*"]}`, "match: {containers", `match: {users: ["*"], containers`).Replace(phased))
 	r.load()
 	r.start()
 	r.refused(r.userRun("agent", []string{"--annotation", "syslatch.dev/phase=read_only"}, "true"), "rootless containers can't have")
+	if got := r.userRun("plain", nil, "true"); got.code != 0 {
+		t.Errorf("left alone: %+v", got)
+	}
+	r.idle()
 }

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/internal/policy"
+)
+
+// insideDir is where a container with phases finds its own socket, phase.sock, by
+// which it may tighten itself. The directory is mounted, and not the socket: the one
+// that a restarted syslatchd makes is seen, too.
+const insideDir = "/run/syslatch"
+
+const insideSocket = "phase.sock"
+
+// ServeInside serves one instance's own socket until what it returns is closed.
+type ServeInside func(s *phase.Supervisor, id, socket string) (io.Closer, error)
+
+// insideOf is a directory of this host for one container, short enough for a socket's
+// path. A container of the hooks' has one for each run: the daemon and a hook may be
+// through with the last one at any time.
+func insideOf(p *policy.File, in *instance) string {
+	key := in.Container.ID
+	if in.hooks != nil {
+		key += " " + strconv.FormatInt(in.Planned.UnixNano(), 10)
+	}
+	sum := sha256.Sum256([]byte(key))
+	return filepath.Join(p.StateDir, "inside", hex.EncodeToString(sum[:8]))
+}
+
+// makeInside makes an instance's directory. The container's users are many, so it is
+// open to all who can reach it: those of the container, and root.
+func makeInside(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return fmt.Errorf("socket of the container: %w", err)
+	}
+	err := os.Mkdir(dir, 0o755)
+	if errors.Is(err, os.ErrExist) {
+		err = nil // an earlier process's
+	}
+	if err == nil {
+		err = os.Chmod(dir, 0o755) //nolint:gosec // whatever the umask says
+	}
+	if err != nil {
+		return fmt.Errorf("socket of the container: %w", err)
+	}
+	return nil
+}
+
+// serveInside makes an instance's socket.
+func (p *phasing) serveInside(in *instance) error {
+	if p.inside == nil {
+		return nil
+	}
+	dir := insideOf(p.a.policy, in)
+	if err := makeInside(dir); err != nil {
+		return err
+	}
+	server, err := p.inside(p.supervisor, in.Container.ID, filepath.Join(dir, insideSocket))
+	if err != nil {
+		return fmt.Errorf("socket of the container: %w", err)
+	}
+	p.a.change(func() { in.inside = server })
+	return nil
+}
+
+// mounts are those of an instance whose socket is served.
+func (p *phasing) mounts(in *instance) []specs.Mount {
+	if in.inside == nil {
+		return nil
+	}
+	return mountsOf(insideOf(p.a.policy, in))
+}
+
+func mountsOf(dir string) []specs.Mount {
+	return []specs.Mount{{
+		Destination: insideDir, Type: "bind", Source: dir,
+		Options: []string{"bind", "ro", "nosuid", "nodev", "noexec"},
+	}}
+}
+
+// endInside removes an instance's socket.
+func (p *phasing) endInside(in *instance) error {
+	if in.inside != nil {
+		if err := in.inside.Close(); err != nil {
+			return err
+		}
+		p.a.change(func() { in.inside = nil })
+	}
+	return os.RemoveAll(insideOf(p.a.policy, in))
+}
+
+// removeInside removes what a hook made for an instance, be it served or not.
+func (a *Agent) removeInside(in *instance) error {
+	if in.hooks == nil || in.Phases == nil {
+		return nil
+	}
+	return os.RemoveAll(insideOf(a.policy, in))
+}
+
+// closeInside stops serving all sockets, and leaves their directories to the next
+// process.
+func (p *phasing) closeInside() (err error) {
+	for _, in := range append(p.a.all(), p.allHooked()...) {
+		if in.inside != nil {
+			err = errors.Join(err, in.inside.Close())
+		}
+	}
+	return err
+}

@@ -271,7 +271,13 @@ func (sv *Supervised) limit(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	return sv.fails(atLimits, sv.in.Limits(ctx, sv.Status().Phase))
+	if err := sv.fails(atLimits, sv.in.Limits(ctx, sv.Status().Phase)); err != nil {
+		return err
+	}
+	sv.mu.Lock()
+	defer sv.mu.Unlock()
+	delete(sv.broken, atLimits)
+	return nil
 }
 
 // enforce makes a phase that new calls are judged by hold for all.

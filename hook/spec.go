@@ -232,7 +232,31 @@ func (d *document) apply(plan *adjust.Plan) error {
 			return err
 		}
 	}
+	if err := d.addMounts(plan.Mounts); err != nil {
+		return err
+	}
 	return d.setRlimits(plan.Rlimits)
+}
+
+// addMounts adds mounts behind those that are there.
+func (d *document) addMounts(mounts []specs.Mount) error {
+	if len(mounts) == 0 {
+		return nil
+	}
+	var all []json.RawMessage
+	if raw := d.root["mounts"]; raw != nil {
+		if err := json.Unmarshal(raw, &all); err != nil {
+			return fmt.Errorf("mounts: %w", err)
+		}
+	}
+	for _, m := range mounts {
+		raw, err := json.Marshal(m)
+		if err != nil {
+			return err
+		}
+		all = append(all, raw)
+	}
+	return d.set("mounts", all)
 }
 
 type field struct {

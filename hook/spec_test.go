@@ -25,6 +25,7 @@ const spec = `{
   "ociVersion": "1.0.2-dev",
   "process": {"args": ["ls"], "rlimits": [{"type":"RLIMIT_NOFILE","hard":1048576,"soft":1048576},{"type":"RLIMIT_NPROC","hard":4194304,"soft":4194304}], "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 3}},
   "root": {"path": "/var/lib/containers/storage/overlay/abc/merged"},
+  "mounts": [{"destination": "/proc", "future": 1}],
   "hooks": {"createRuntime": [{"path": "/other"}], "futureStage": [{"path": "/x"}]},
   "annotations": {"io.container.manager": "libpod", "a<b>&c": "\u2028 é \ud83d\ude00"},
   "linux": {
@@ -70,6 +71,7 @@ func TestApply(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := d.apply(&adjust.Plan{
+		Mounts:  []specs.Mount{{Destination: "/run/x", Source: "/x"}},
 		Seccomp: &specs.LinuxSeccomp{DefaultAction: specs.ActKill},
 		Resources: &specs.LinuxResources{
 			Memory: &specs.LinuxMemory{Limit: ptr[int64](64), Swap: ptr[int64](65)}, CPU: &specs.LinuxCPU{Quota: ptr[int64](1), Period: ptr[uint64](2), Shares: ptr[uint64](3)},
@@ -94,6 +96,7 @@ func TestApply(t *testing.T) {
 		`{"type":"RLIMIT_NOFILE","hard":1048576,"soft":1048576},{"type":"RLIMIT_NPROC","hard":4194304,"soft":4194304}`,
 		`{"type":"RLIMIT_NPROC","hard":4194304,"soft":4194304},{"type":"RLIMIT_NOFILE","hard":2,"soft":1},{"type":"RLIMIT_CORE","hard":18446744073709551615,"soft":0}`,
 		`"ioPriority"`, `"oomScoreAdj": 500, "ioPriority"`,
+		`"future": 1}]`, `"future": 1}, {"destination": "/run/x", "source": "/x"}]`,
 		`[{"path": "/other"}]`, `[{"path": "/first"}, {"path": "/other"}], "poststart": [{"path": "/last"}]`,
 	).Replace(spec)))
 	out, err := d.encode()

@@ -70,7 +70,7 @@ func failed(log *logrus.Entry, stage string, err error) error {
 }
 
 func open(config string, log *logrus.Entry) (*agent.Hooks, error) {
-	p, err := policy.Load(config, policy.Options{KnownCall: seccomp.Known})
+	p, err := policy.Load(config, policy.Options{KnownCall: seccomp.Known, Phases: true})
 	if err != nil {
 		return nil, err
 	}

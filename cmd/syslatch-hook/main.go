@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command syslatch-hook is the OCI hook: podman and other engines run it at the
-// stages of a container's life. It needs no daemon.
+// stages of a container's life. It needs no daemon but for phases.
 package main
 
 import (
@@ -44,8 +44,9 @@ func newCommand() *cobra.Command {
 		Short: "Record, enforce and limit containers of an engine that runs OCI hooks",
 		Long: `syslatch-hook is run by podman, at stages of a container's life, as 'syslatch hook
 install' sets it up. It does what the policy file says, with no daemon running:
-between its runs, recordings go on in the kernel. Rootless podman's hooks, which
-can't, ask syslatchd, where its policy file has hook.rootless.
+between its runs, recordings go on in the kernel. Containers with phases need a
+running syslatchd, which supervises them. Rootless podman's hooks, which can't do
+any of that, ask syslatchd, where its policy file has hook.rootless.
 
 Messages go to syslog, identifier "syslatch"; to standard error where there is no
 syslog. What keeps a container from starting is shown by the engine.

@@ -15,23 +15,25 @@ import (
 	"github.com/syslatch/syslatch/internal/policy"
 )
 
-// TestPhasesAreRefused: a container whose policy file has phases doesn't start, since
-// nothing here enforces them.
-func TestPhasesAreRefused(t *testing.T) {
+// TestPhasesNeedADaemon: a container with phases is refused where nobody supervises it,
+// and others of the same policy file aren't.
+func TestPhasesNeedADaemon(t *testing.T) {
 	dir := t.TempDir()
 	config := filepath.Join(dir, "policy.yaml")
-	text := "apiVersion: syslatch.dev/v1\nstore: " + dir + "/store\nstateDir: " + dir + "/state\nbpffs: " + dir + "/bpf\npolicies:\n- name: a\n  match: {}\n  mode: \"off\"\n"
-	spec := `{"ociVersion":"1.0.2","process":{"args":["true"],"cwd":"/"},"root":{"path":"/"},"linux":{}}`
+	id := strings.Repeat("0a", 32)
+	spec := `{"ociVersion":"1.0.2","process":{"args":["true"],"cwd":"/"},"root":{"path":"/"},` +
+		`"annotations":{"io.container.manager":"libpod"},"linux":{"cgroupsPath":"/libpod_parent/libpod-` + id + `"}}`
 	for _, tc := range []struct {
-		phases string
-		want   string // part of the deny hook's arguments
+		policies string // before one for all
+		want     string // part of the deny hook's arguments, "" for none
 	}{
-		// Without phases the file is good, and this spec is refused for another reason.
-		{"", "doesn't tell the container's id"},
-		{"- {name: b, match: {}, mode: enforce, phases: {initial: a, a: {}}}\n", "are not enforced by this program"},
+		{"- {name: b, match: {images: [nginx]}, mode: enforce, workload: w, phases: {initial: a, a: {}}}\n", ""},
+		{"- {name: b, match: {}, mode: record, workload: w, phases: {initial: a, a: {}}, allowedModes: [record, enforce], annotations: [mode], existingProfile: replace, failure: runtime-default}\n", ""},
+		{"- {name: b, match: {}, mode: enforce, workload: w, phases: {initial: a, a: {}}}\n", "phases of policy b: phases need a running syslatchd (systemctl start syslatchd"},
 	} {
-		if tc.phases != "" { // the first matches all: put the other before it
-			text = strings.Replace(text, "policies:\n", "policies:\n"+strings.Replace(tc.phases, "match: {}", "match: {images: [nginx]}", 1), 1)
+		text := "apiVersion: syslatch.dev/v1\nstore: " + dir + "/store\nstateDir: " + dir + "/state\nbpffs: " + dir + "/bpf\npolicies:\n" + tc.policies
+		if strings.Contains(tc.policies, "nginx") { // the first that matches counts, and none may follow one for all
+			text += "- {name: rest, match: {}, mode: \"off\"}\n"
 		}
 		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -50,8 +52,8 @@ func TestPhasesAreRefused(t *testing.T) {
 				said += strings.Join(h.Args, " ")
 			}
 		}
-		if !strings.Contains(said, tc.want) {
-			t.Errorf("hooks say %q, want %q", said, tc.want)
+		if !strings.Contains(said, tc.want) || tc.want == "" && said != "" {
+			t.Errorf("%s: hooks say %q, want %q", tc.policies, said, tc.want)
 		}
 	}
 }

@@ -130,6 +130,7 @@ type Agent struct {
 	closers     []io.Closer   // in the order in which they were opened
 	hooks       *Hooks        // what hooks of the same stateDir left; nil in their own agent
 	phases      *phasing      // nil if the policy file has none
+	compiler    compiler      // of phases; nil where containers can have none
 	// drain, if not nil, fetches an instance's first-seen events, of which there
 	// are as many as it is told: nobody collects them.
 	drain func(in *instance, want int)
@@ -190,10 +191,11 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 	if a.hooks, err = a.adoptHooks(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
-	if hasPhases(p) || j.hasPhases() {
+	if a.mayHavePhases() {
 		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
+		a.compiler = a.phases
 		closers = append(closers, a.phases)
 	}
 	if err := a.begin(); err != nil {

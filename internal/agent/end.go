@@ -155,6 +155,9 @@ func (a *Agent) finish(in *instance) error {
 			return err
 		}
 	}
+	if err := a.removeInside(in); err != nil {
+		return err
+	}
 	if err := a.release(in); err != nil {
 		return fmt.Errorf("release recording: %w", err)
 	}

@@ -152,6 +152,11 @@ func (p *phasing) release(names map[string]*os.File) {
 // end forgets a container.
 func (p *phasing) end(id string) {
 	p.supervisor.End(id)
+	p.forget(id)
+}
+
+// forget lets go of a container's listeners.
+func (p *phasing) forget(id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name := range p.kept[id] {

@@ -51,6 +51,8 @@ type Hooks struct {
 	// daemons is the journal of the daemon, if this is none: whoever reads the ring
 	// takes the events of all.
 	daemons *journal
+	// supervisor is the daemon that supervises phases; nil if this is it.
+	supervisor *supervisor
 
 	mu      sync.Mutex           // guards what follows
 	handles map[bpf.Handle]place // no journal for a handle that is none of ours
@@ -83,6 +85,8 @@ func OpenHooks(p *policy.File, opts Options) (_ *Hooks, err error) {
 	}
 	h := newHooks(newAgent(p, opts, s, j, kernelHost{hierarchy}))
 	h.daemons = &journal{dir: daemonJournal(p)}
+	h.supervisor = &supervisor{listenerSocket(p)}
+	h.a.compiler = h.supervisor
 	h.a.cgroupMode = hierarchy.Mode.String()
 	h.a.closers = []io.Closer{s}
 	h.open = func() (*bpf.Recorder, error) { return bpf.Open(p.BPFFS, bpf.Options{}) }
@@ -93,11 +97,11 @@ func hooksJournal(p *policy.File) string  { return filepath.Join(p.StateDir, "ho
 func daemonJournal(p *policy.File) string { return filepath.Join(p.StateDir, "instances") }
 
 // adoptHooks is the hooks' side of a daemon, which publishes what they lost, and
-// serves rootless ones. It only looks where there is a recorder: nothing is lost
-// elsewhere.
+// serves rootless ones, and supervises what has phases. It only looks where there is
+// any of that.
 func (a *Agent) adoptHooks() (*Hooks, error) {
 	ring, ok := a.recorder.(ring)
-	if !ok && len(a.policy.Hook.Rootless.Users) == 0 {
+	if !ok && len(a.policy.Hook.Rootless.Users) == 0 && !a.mayHavePhases() {
 		return nil, nil
 	}
 	j, err := openJournal(hooksJournal(a.policy))
@@ -251,7 +255,14 @@ func (h *Hooks) plan(ctx context.Context, c policy.Container, runtime adjust.Run
 		return in, nil, err
 	}
 	in = planned
-	in.Trace = request
+	in.hooks, in.Trace = h, request
+	if in.Phases != nil && in.Phases.inside {
+		dir := insideOf(h.a.policy, in)
+		if err := makeInside(dir); err != nil {
+			return in, nil, err
+		}
+		plan.Mounts = mountsOf(dir)
+	}
 	if request != nil && !plan.Record { // enforce: traced within the profile
 		if h.a.recorder == nil {
 			return in, nil, fmt.Errorf("this host can't record: %w", h.a.recorderErr)
@@ -328,10 +339,13 @@ func (h *Hooks) createdBy(ctx context.Context, id string, pid, hook int, facts f
 		return h.settle(in, errors.Join(err, h.discard(in)))
 	}
 	if err := h.a.verifyCreated(in, pid); err != nil {
-		if in.Decision.Failure == policy.FailureRuntimeDefault {
-			h.a.instanceLog(in).WithError(err).Error("container runs unverified: its failure policy is runtime-default")
-			return nil
+		if in.Decision.Failure != policy.FailureRuntimeDefault {
+			return errors.Join(err, h.discard(in))
 		}
+		h.a.instanceLog(in).WithError(err).Error("container runs unverified: its failure policy is runtime-default")
+	}
+	if err := h.supervise(ctx, in, specs.StateCreated); err != nil {
+		// Whatever the failure policy: its filter would ask nobody.
 		return errors.Join(err, h.discard(in))
 	}
 	return nil
@@ -397,7 +411,7 @@ func (h *Hooks) created(in *instance, pid, hook int) error {
 	if err != nil {
 		return err
 	}
-	if in.Record {
+	if in.Record || in.Phases != nil {
 		own, err := h.a.host.CgroupOf(hook)
 		if err != nil {
 			return err
@@ -466,7 +480,7 @@ func parentName() string {
 
 // discard undoes created.
 func (h *Hooks) discard(in *instance) error {
-	if err := h.a.drop(in); err != nil {
+	if err := errors.Join(h.a.drop(in), h.a.removeInside(in)); err != nil {
 		return err
 	}
 	return h.a.journal.remove(in.Container.ID)
@@ -482,7 +496,8 @@ func (h *Hooks) Started(ctx context.Context, id string, pid int) error {
 	if err != nil || in == nil {
 		return err
 	}
-	return h.a.verifyRunning(ctx, in, pid)
+	// A phase's oom_score_adj comes after the policy's.
+	return errors.Join(h.a.verifyRunning(ctx, in, pid), h.supervise(ctx, in, specs.StateRunning))
 }
 
 // ran returns no instance if it was quick, and is gone.
@@ -699,6 +714,7 @@ func (h *Hooks) load(id string) (*instance, error) {
 	case err != nil:
 		return nil, fmt.Errorf("journal %s: %w (remove the file to forget this instance)", h.a.journal.path(id, instanceSuffix), err)
 	}
+	in.hooks = h
 	return in.prepare(), nil
 }
 

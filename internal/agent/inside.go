@@ -10,10 +10,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/internal/policy"
 )
 
 // insideDir is where a container with phases finds its own socket, phase.sock, by
@@ -26,20 +28,21 @@ const insideSocket = "phase.sock"
 // ServeInside serves one instance's own socket until what it returns is closed.
 type ServeInside func(s *phase.Supervisor, id, socket string) (io.Closer, error)
 
-// insidePath is a directory of this host for one container, short enough for a
-// socket's path.
-func (p *phasing) insidePath(id string) string {
-	sum := sha256.Sum256([]byte(id))
-	return filepath.Join(p.a.policy.StateDir, "inside", hex.EncodeToString(sum[:8]))
+// insideOf is a directory of this host for one container, short enough for a socket's
+// path. A container of the hooks' has one for each run: the daemon and a hook may be
+// through with the last one at any time.
+func insideOf(p *policy.File, in *instance) string {
+	key := in.Container.ID
+	if in.hooks != nil {
+		key += " " + strconv.FormatInt(in.Planned.UnixNano(), 10)
+	}
+	sum := sha256.Sum256([]byte(key))
+	return filepath.Join(p.StateDir, "inside", hex.EncodeToString(sum[:8]))
 }
 
-// serveInside makes an instance's socket. The container's users are many, so its
-// directory is open to all who can reach it: those of the container, and root.
-func (p *phasing) serveInside(in *instance) error {
-	if p.inside == nil {
-		return nil
-	}
-	dir := p.insidePath(in.Container.ID)
+// makeInside makes an instance's directory. The container's users are many, so it is
+// open to all who can reach it: those of the container, and root.
+func makeInside(dir string) error {
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return fmt.Errorf("socket of the container: %w", err)
 	}
@@ -50,14 +53,27 @@ func (p *phasing) serveInside(in *instance) error {
 	if err == nil {
 		err = os.Chmod(dir, 0o755) //nolint:gosec // whatever the umask says
 	}
-	if err == nil {
-		var server io.Closer
-		if server, err = p.inside(p.supervisor, in.Container.ID, filepath.Join(dir, insideSocket)); err == nil {
-			p.a.change(func() { in.inside = server })
-			return nil
-		}
+	if err != nil {
+		return fmt.Errorf("socket of the container: %w", err)
 	}
-	return fmt.Errorf("socket of the container: %w", err)
+	return nil
+}
+
+// serveInside makes an instance's socket.
+func (p *phasing) serveInside(in *instance) error {
+	if p.inside == nil {
+		return nil
+	}
+	dir := insideOf(p.a.policy, in)
+	if err := makeInside(dir); err != nil {
+		return err
+	}
+	server, err := p.inside(p.supervisor, in.Container.ID, filepath.Join(dir, insideSocket))
+	if err != nil {
+		return fmt.Errorf("socket of the container: %w", err)
+	}
+	p.a.change(func() { in.inside = server })
+	return nil
 }
 
 // mounts are those of an instance whose socket is served.
@@ -65,8 +81,12 @@ func (p *phasing) mounts(in *instance) []specs.Mount {
 	if in.inside == nil {
 		return nil
 	}
+	return mountsOf(insideOf(p.a.policy, in))
+}
+
+func mountsOf(dir string) []specs.Mount {
 	return []specs.Mount{{
-		Destination: insideDir, Type: "bind", Source: p.insidePath(in.Container.ID),
+		Destination: insideDir, Type: "bind", Source: dir,
 		Options: []string{"bind", "ro", "nosuid", "nodev", "noexec"},
 	}}
 }
@@ -79,13 +99,21 @@ func (p *phasing) endInside(in *instance) error {
 		}
 		p.a.change(func() { in.inside = nil })
 	}
-	return os.RemoveAll(p.insidePath(in.Container.ID))
+	return os.RemoveAll(insideOf(p.a.policy, in))
+}
+
+// removeInside removes what a hook made for an instance, be it served or not.
+func (a *Agent) removeInside(in *instance) error {
+	if in.hooks == nil || in.Phases == nil {
+		return nil
+	}
+	return os.RemoveAll(insideOf(a.policy, in))
 }
 
 // closeInside stops serving all sockets, and leaves their directories to the next
 // process.
 func (p *phasing) closeInside() (err error) {
-	for _, in := range p.a.all() {
+	for _, in := range append(p.a.all(), p.allHooked()...) {
 		if in.inside != nil {
 			err = errors.Join(err, in.inside.Close())
 		}

@@ -61,6 +61,7 @@ type instance struct {
 	busy     chan struct{} // holds a token while the instance is taken
 	pickedUp bool          // from an earlier process
 	handle   *bpf.Handle   // changes; nil if the kernel has no slot for it
+	hooks    *Hooks        // in whose journal it is; nil for the agent's own
 	barrier  barrier
 	limits   limits
 	inside   io.Closer // changes; serves its own socket, nil if nothing does

@@ -42,6 +42,9 @@ type phasing struct {
 	holder      *holder.Client                          // guarded by mu; nil while there is none
 	kept        map[string]map[string]*seccomp.Listener // guarded by mu: by container and the holder's name
 	chains      uint64                                  // guarded by mu: names given
+
+	adopting sync.Mutex           // held while an instance of the hooks begins or ends here
+	hooked   map[string]*instance // by id: those of the hooks' journal; guarded by Agent.mu
 }
 
 // listenerSocket is where runtimes send listeners.
@@ -63,7 +66,7 @@ func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
 	p := &phasing{
 		a: a, kernel: kernel, host: host, newer: seccomp.NewerThan(seccomp.KernelRelease()), socket: listenerSocket(a.policy),
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
-		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{},
+		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
 	}
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -128,7 +131,11 @@ func (a *Agent) phaseEvent(e phase.Event) {
 	if e.Kind != phase.Switched && e.Kind != phase.Failed {
 		return
 	}
-	if in := a.instance(e.Instance); in != nil && in.Phases != nil {
+	in := a.instance(e.Instance)
+	if in == nil {
+		in = a.phases.hookedInstance(e.Instance)
+	}
+	if in != nil && in.Phases != nil {
 		a.keepPhase(in, e)
 	}
 }
@@ -136,7 +143,13 @@ func (a *Agent) phaseEvent(e phase.Event) {
 // keepPhase keeps where an instance is, for the next process.
 func (a *Agent) keepPhase(in *instance, e phase.Event) {
 	now := phaseNow{Phase: e.To, Generation: e.Generation, Original: in.limits.snapshot()}
-	if err := a.journal.savePhase(in.Container.ID, now); err != nil {
+	var err error
+	if in.hooks != nil {
+		err = in.hooks.savePhase(in, now)
+	} else {
+		err = a.journal.savePhase(in.Container.ID, now)
+	}
+	if err != nil {
 		a.instanceLog(in).WithError(err).Error("phase not kept: if syslatchd is restarted, the container is in an earlier one")
 	}
 }
@@ -147,6 +160,8 @@ type instancePhases struct {
 	Host    profiles.PhaseHost `json:"host"`
 	Newer   []string           `json:"newer"`
 	Runtime adjust.Runtime     `json:"runtime"`
+
+	inside bool // the daemon serves sockets inside containers
 }
 
 // phasesOf are a decision's phases and what they compile to.
@@ -160,19 +175,28 @@ func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *prof
 	return set, plan, nil
 }
 
-// compile makes the filter of a decision's phases, or says what can't be enforced.
-func (p *phasing) compile(d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	ip := &instancePhases{p.host, p.newer, runtime}
+// compiler makes the filter of a decision's phases, or says what can't be enforced, for
+// who supervises them.
+type compiler interface {
+	compile(ctx context.Context, c policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error)
+}
+
+func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
+	return compilePhases(d, &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}, p.socket)
+}
+
+// compilePhases: socket is where runtimes send listeners.
+func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
 	_, plan, err := phasesOf(d, ip)
 	if err != nil {
 		return nil, nil, err
 	}
-	gaps := append(plan.Gaps, limitGapsOf(d, runtime)...)
+	gaps := append(plan.Gaps, limitGapsOf(d, ip.Runtime)...)
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
 	if plan.Listener {
-		plan.Profile.ListenerPath = p.socket
+		plan.Profile.ListenerPath = socket
 	}
 	return ip, plan, nil
 }
@@ -195,7 +219,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		return nil, err
 	}
 	in.limits.restore(now.Original)
-	in.barrier.note = p.a.journal.path(in.Container.ID, frozenSuffix)
+	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
@@ -277,6 +301,26 @@ func (p *phasing) attached(in *instance, pid int) error {
 	return in.barrier.thaw()
 }
 
+// begin sets the limits of the phase that an instance begins in. They come after those
+// of the policy, which are in the spec: a phase without any gets these back. The
+// instance is taken.
+func (p *phasing) begin(in *instance) error {
+	if p == nil || in.Phases == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
+	defer cancel()
+	st, err := p.supervisor.Limit(ctx, in.Container.ID)
+	if err != nil {
+		return fmt.Errorf("limits of phase %s: %w", in.Decision.Phase, err)
+	}
+	now := phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()}
+	if now.Original == nil {
+		return nil // the phase has none
+	}
+	return p.a.journalOf(in).savePhase(in.Container.ID, now)
+}
+
 // setLimits sets what limits a phase has, and reads them back.
 func (p *phasing) setLimits(in *instance, name string) error {
 	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
@@ -285,8 +329,12 @@ func (p *phasing) setLimits(in *instance, name string) error {
 		return nil //nolint:nilerr // it is among the gaps
 	}
 	p.a.mu.Lock()
-	pid := in.Container.PID
+	pid, ran := in.Container.PID, in.Ran
 	p.a.mu.Unlock()
+	if in.hooks != nil && !ran {
+		// crun has yet to set the spec's own: see Hooks.Started.
+		want = slices.DeleteFunc(want, func(e adjust.Expectation) bool { return e.Source == adjust.SourceProc })
+	}
 	return in.limits.set(p.kernel, pid, want)
 }
 
@@ -318,6 +366,9 @@ func (p *phasing) take(conn *net.UnixConn) error {
 		return err
 	}
 	state, f, err := seccomp.ReceiveListener(conn)
+	if errors.Is(err, seccomp.ErrNoDescriptor) && state.Metadata == fromHook {
+		return p.answerHook(conn, &state.State)
+	}
 	if err != nil {
 		return err
 	}
@@ -332,6 +383,7 @@ func (p *phasing) take(conn *net.UnixConn) error {
 	}
 	p.keep(id, l)
 	if err := p.supervisor.Serve(id, l); err != nil {
+		p.forget(id) // it has ended meanwhile
 		return errors.Join(err, l.Close())
 	}
 	return nil
@@ -344,7 +396,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		return
 	}
 	log := a.instanceLog(in)
-	now, err := a.journal.phase(in.Container.ID)
+	now, err := a.journalOf(in).phase(in.Container.ID)
 	if err != nil {
 		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
 	}

@@ -100,11 +100,11 @@ func (a *Agent) build(ctx context.Context, c policy.Container, d policy.Decision
 	input := adjust.Input{Decision: d, Container: c, Version: version, Runtime: runtime}
 	var phases *instancePhases
 	if d.Phases != nil {
-		if a.phases == nil {
-			return nil, nil, fmt.Errorf("%w: phases of policy %s: only syslatchd supervises them, for containers of containerd and CRI-O", adjust.ErrNotApplicable, d.Policy)
+		if a.compiler == nil || c.User != nil {
+			return nil, nil, fmt.Errorf("%w: policy %s has phases, which rootless containers can't have (match them by a policy without phases)", adjust.ErrNotApplicable, d.Policy)
 		}
 		var compiled *profiles.PhasePlan
-		if phases, compiled, err = a.phases.compile(&d, runtime); err != nil {
+		if phases, compiled, err = a.compiler.compile(ctx, c, &d, runtime); err != nil {
 			return nil, nil, err
 		}
 		input.Phases = compiled.Profile

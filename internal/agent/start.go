@@ -39,10 +39,15 @@ func (a *Agent) starting(ctx context.Context, in *instance, pid int) error {
 	if pid <= 0 {
 		return a.startingUnseen(in)
 	}
+	return a.attachAndBegin(in, pid)
+}
+
+// attachAndBegin reads the policy's limits back before a phase's are set.
+func (a *Agent) attachAndBegin(in *instance, pid int) error {
 	if err := a.attach(in, pid); err != nil {
 		return err
 	}
-	return a.verifyCreated(in, pid)
+	return errors.Join(a.verifyCreated(in, pid), a.phases.begin(in))
 }
 
 // startingUnseen is for a start of which the runtime doesn't tell the pid, as
@@ -172,8 +177,5 @@ func (a *Agent) started(in *instance, pid int) error {
 	if in.CgroupID != 0 || a.hasEnded(in) {
 		return nil
 	}
-	if err := a.attach(in, pid); err != nil {
-		return err
-	}
-	return a.verifyCreated(in, pid)
+	return a.attachAndBegin(in, pid)
 }

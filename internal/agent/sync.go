@@ -64,6 +64,7 @@ func (a *Agent) pickUp() error {
 		a.pickUpPhases(in, held[in.Container.ID])
 		delete(held, in.Container.ID)
 	}
+	a.pickUpHooked(held)
 	for _, files := range held {
 		a.phases.release(files)
 	}
@@ -152,6 +153,7 @@ func (a *Agent) sweep() {
 				a.log.WithError(err).Error("instances not looked after; tried again later")
 			}
 			a.phases.checkHolder()
+			a.phases.checkHooked()
 			a.collectHooks()
 		}
 	}

@@ -249,28 +249,50 @@ func (sv *Supervised) may(is Status, to string, o SetOptions) error {
 	return nil
 }
 
-// enforce makes a phase that new calls are judged by hold for all.
-func (sv *Supervised) enforce(ctx context.Context, to string) error {
-	fails := func(what string, err error) error {
-		if err == nil {
-			return nil
-		}
-		sv.mu.Lock()
-		defer sv.mu.Unlock()
-		sv.broken[what] = err.Error()
+// fails notes what is broken.
+func (sv *Supervised) fails(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	sv.mu.Lock()
+	defer sv.mu.Unlock()
+	sv.broken[what] = err.Error()
+	return err
+}
+
+// limit is [Supervisor.Limit] for this instance.
+func (sv *Supervised) limit(ctx context.Context) error {
+	if sv.in.Limits == nil {
+		return nil
+	}
+	select {
+	case sv.turn <- struct{}{}:
+		defer func() { <-sv.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := sv.fails(atLimits, sv.in.Limits(ctx, sv.Status().Phase)); err != nil {
 		return err
 	}
+	sv.mu.Lock()
+	defer sv.mu.Unlock()
+	delete(sv.broken, atLimits)
+	return nil
+}
+
+// enforce makes a phase that new calls are judged by hold for all.
+func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	if sv.in.Barrier != nil {
-		if err := fails(atBarrier, sv.in.Barrier.Barrier(ctx)); err != nil {
+		if err := sv.fails(atBarrier, sv.in.Barrier.Barrier(ctx)); err != nil {
 			return err
 		}
 	}
 	var errs []error
 	if sv.in.Limits != nil {
-		errs = append(errs, fails(atLimits, sv.in.Limits(ctx, to)))
+		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
 	}
 	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil {
-		errs = append(errs, fails(atRatchet, sv.in.Ratchet(ctx, to)))
+		errs = append(errs, sv.fails(atRatchet, sv.in.Ratchet(ctx, to)))
 	}
 	return errors.Join(errs...)
 }

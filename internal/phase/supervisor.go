@@ -139,6 +139,19 @@ func (s *Supervisor) Set(ctx context.Context, id, to string, o SetOptions) (Stat
 	return sv.set(ctx, to, o)
 }
 
+// Limit sets the limits of the phase in force, as a switch to it does: for an instance
+// that begins.
+func (s *Supervisor) Limit(ctx context.Context, id string) (Status, error) {
+	sv, err := s.find(id)
+	if err == nil {
+		err = sv.limit(ctx)
+	}
+	if err != nil {
+		return Status{}, err
+	}
+	return sv.Status(), nil
+}
+
 // watched is how many events a watcher may lag behind.
 const watched = 256
 

@@ -320,6 +320,41 @@ func TestIncomplete(t *testing.T) {
 	}
 }
 
+// TestLimit: an instance that begins gets its phase's limits, which is no switch.
+func TestLimit(t *testing.T) {
+	f := newFixture(t)
+	var set []string
+	failed := errors.New("out of order")
+	f.limits = func(_ context.Context, name string) error {
+		set = append(set, name)
+		return failed
+	}
+	if _, err := f.Limit(t.Context(), "i"); !errors.Is(err, failed) {
+		t.Errorf("%v", err)
+	}
+	if st, _ := f.Get("i"); st.State != Degraded || !slices.Contains(st.Uncovered, atLimits+": out of order") {
+		t.Errorf("%+v", st)
+	}
+	failed = nil
+	st, err := f.Limit(t.Context(), "i")
+	if err != nil || st.State != Holds || st.Generation != 1 || !slices.Equal(set, []string{"read_only", "read_only"}) {
+		t.Errorf("%+v, %v; set %v", st, err, set)
+	}
+	f.turn <- struct{}{} // a switch is unfinished
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := f.Limit(ctx, "i"); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	<-f.turn
+	if _, err := f.Limit(t.Context(), "j"); !errors.Is(err, ErrUnknown) {
+		t.Errorf("%v", err)
+	}
+	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only"}) {
+		t.Errorf("events: %v", got)
+	}
+}
+
 // TestOneAtATime: a second switch waits for the first, and no longer than its
 // deadline.
 func TestOneAtATime(t *testing.T) {

@@ -110,10 +110,14 @@ const (
 	maxFDs = 253
 )
 
+// ErrNoDescriptor is that of a whole state that came without a listener.
+var ErrNoDescriptor = errors.New("no descriptor")
+
 // ReceiveListener takes what a runtime sends to linux.seccomp.listenerPath: the
 // state of the container's process and its filter's listener, for [NewListener]. It
 // reads until the state is complete, so set a deadline on conn before; it closes
-// whatever else was sent, and doesn't close conn.
+// whatever else was sent, and doesn't close conn. The state is also there with
+// [ErrNoDescriptor].
 //
 // Of the state only State.ID is to be relied on: crun 1.8.1 sends pid 0 and bundle
 // "." for exec, and of runc's exec State.Pid is the container's first process.
@@ -209,7 +213,7 @@ func pickListener(names []string, files []*os.File) (listener *os.File, err erro
 		listener = files[i]
 	}
 	if listener == nil {
-		return nil, fmt.Errorf("no descriptor is named %s: %q", specs.SeccompFdName, names)
+		return nil, fmt.Errorf("%w is named %s: %q", ErrNoDescriptor, specs.SeccompFdName, names)
 	}
 	return listener, nil
 }

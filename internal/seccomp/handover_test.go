@@ -241,8 +241,8 @@ func TestReceiveListenerRefuses(t *testing.T) {
 		"half":          {`{"fds":["seccompFd"`, 1, "unexpected EOF"},
 		"no fd":         {`{"fds":["seccompFd"]}`, 0, "0 descriptors, and names for 1"},
 		"more fds":      {`{"fds":["seccompFd"]}`, 2, "2 descriptors, and names for 1"},
-		"other name":    {`{"fds":["other"]}`, 1, "no descriptor is named seccompFd"},
-		"no names":      {`{}`, 0, "no descriptor is named seccompFd"},
+		"other name":    {`{"fds":["other"],"metadata":"m"}`, 1, "no descriptor is named seccompFd"},
+		"no names":      {`{"metadata":"m"}`, 0, "no descriptor is named seccompFd"},
 		"twice":         {`{"fds":["seccompFd","seccompFd"]}`, 2, "two descriptors"},
 		"two states":    {`{"fds":["seccompFd"]}{}`, 1, "2 bytes after the state"},
 		"wrong type":    {`{"fds":"seccompFd"}`, 1, "cannot unmarshal"},
@@ -268,9 +268,12 @@ func TestReceiveListenerRefuses(t *testing.T) {
 				}
 				other.Close()
 			}()
-			_, f, err := ReceiveListener(conn)
+			state, f, err := ReceiveListener(conn)
 			if err == nil || !strings.Contains(err.Error(), tc.want) || f != nil {
 				t.Errorf("got %v, %v; want %q", f, err, tc.want)
+			}
+			if whole := name == "no names" || name == "other name"; errors.Is(err, ErrNoDescriptor) != whole || whole && state.Metadata != "m" {
+				t.Errorf("a whole state without a listener: %+v, %v", state, err)
 			}
 			conn.Close()
 			<-sent

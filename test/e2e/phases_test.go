@@ -202,7 +202,7 @@ func TestPhaseAtCreate(t *testing.T) {
 	if r := e.run(harness.PodOptions{}, sh(script)); r.Code != 0 || strings.Contains(r.Log, "made") || !strings.Contains(r.Log, "Operation not permitted") {
 		t.Errorf("initial phase: %+v", r)
 	}
-	if r := e.run(in("write_logs"), sh(script)); r.Code != 0 || r.Log != "made\ndone\n" {
+	if r := e.run(in("write_logs"), sh(script+"; cat /proc/self/oom_score_adj")); r.Code != 0 || r.Log != "made\ndone\n600\n" {
 		t.Errorf("write_logs by annotation: %+v", r)
 	}
 	if msg := createError(t, e, in("loose"), sh(script)); !strings.Contains(msg, "loose") || !strings.Contains(msg, "read_only, write_logs, network or locked") {

@@ -150,18 +150,21 @@ func removeCgroups() error {
 		errs = append(errs, err)
 		slices.Reverse(children)
 		for _, dir := range append(children, root) {
-			// conmon ends a moment after its container is gone, and v1 has no
-			// event for it.
-			err := poll(10*time.Second, func() (bool, error) {
-				err := unix.Rmdir(dir)
-				return !errors.Is(err, unix.EBUSY), err
-			})
-			if err != nil && !errors.Is(err, unix.ENOENT) {
+			if err := removeCgroup(dir); err != nil && !errors.Is(err, unix.ENOENT) {
 				errs = append(errs, fmt.Errorf("left behind: %s: %w", dir, err))
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// removeCgroup waits for conmon, which ends a moment after its container is gone: v1
+// has no event for it.
+func removeCgroup(dir string) error {
+	return poll(10*time.Second, func() (bool, error) {
+		err := unix.Rmdir(dir)
+		return !errors.Is(err, unix.EBUSY), err
+	})
 }
 
 // poll tries until done, or until the time is up, and returns the last error.

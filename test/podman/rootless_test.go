@@ -141,13 +141,11 @@ func (r *rootless) delegate() {
 		if err != nil {
 			t.Error(err)
 		}
-		for i := len(children) - 1; i >= 0; i-- {
-			if err := unix.Rmdir(children[i]); err != nil {
-				t.Errorf("left behind: %s: %v", children[i], err)
+		slices.Reverse(children)
+		for _, dir := range append(children, top) {
+			if err := removeCgroup(dir); err != nil {
+				t.Errorf("left behind: %s: %v", dir, err)
 			}
-		}
-		if err := unix.Rmdir(top); err != nil {
-			t.Error(err)
 		}
 	})
 	err := errors.Join(os.WriteFile(top+"/cgroup.subtree_control", []byte("+pids"), 0), os.Mkdir(top+"/self", 0o755))

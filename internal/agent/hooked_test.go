@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/internal/seccomp"
+)
+
+const forPhases = `
+- name: phased
+  match: {users: ["*"]}
+  mode: enforce
+  workload: w
+  phases: {initial: a, gaps: report, a: {}, b: {allow: [mkdir]}}
+- name: roots
+  match: {}
+  mode: enforce
+  workload: w
+  phases: {initial: a, gaps: report, a: {}, b: {allow: [mkdir]}}
+`
+
+// newPhasedWorld is a world whose policies have phases.
+func newPhasedWorld(t *testing.T) *world {
+	t.Helper()
+	w := newWorld(t, forUsers)
+	text := "apiVersion: syslatch.dev/v1\nstore: " + w.dir + "/store\nstateDir: " + w.dir + "/state\nbpffs: /sys/fs/bpf/nowhere\nhook: {rootless: {users: [1000]}}\npolicies:\n" + forPhases
+	p, err := policy.Parse("policy.yaml", []byte(text), policy.Options{KnownCall: seccomp.Known, Phases: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.policy = p
+	return w
+}
+
+// servePhases is a daemon that only answers hooks.
+func (w *world) servePhases() *phasing {
+	w.t.Helper()
+	h := w.hooks()
+	if err := os.MkdirAll(w.policy.StateDir, 0o700); err != nil {
+		w.t.Fatal(err)
+	}
+	h.a.hooks = h
+	p, err := newPhasing(h.a, kernelHost{}, Options{})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	h.a.phases = p
+	h.a.closers = append(h.a.closers, p)
+	h.a.spawn("accept listeners", p.accept)
+	close(h.a.collected)
+	w.t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			w.t.Error(err)
+		}
+	})
+	return p
+}
+
+// asking lets a stage of a hook ask the daemon.
+func (w *world) asking(stage func(h *Hooks) error) error {
+	return w.hook(func(h *Hooks) error {
+		h.supervisor = &supervisor{listenerSocket(w.policy)}
+		h.a.compiler = h.supervisor
+		return stage(h)
+	})
+}
+
+func TestHookAsksTheDaemon(t *testing.T) {
+	w := newPhasedWorld(t)
+	c := w.newContainer(1)
+	plan := func() (plan *adjust.Plan, err error) {
+		err = w.asking(func(h *Hooks) (err error) {
+			plan, err = h.Plan(t.Context(), c.Container, adjust.Runtime{Engine: "podman", Adapter: adjust.AdapterHook})
+			return err
+		})
+		return plan, err
+	}
+	_, err := plan()
+	w.mustNot(err, "policy roots: phases need a running syslatchd")
+	if !errors.Is(err, errNoSupervisor) {
+		t.Errorf("%v", err)
+	}
+
+	p := w.servePhases()
+	made, err := plan()
+	if err != nil || made.Seccomp == nil || made.Seccomp.ListenerPath != p.socket {
+		t.Fatalf("%+v, %v", made, err)
+	}
+	// What was planned is not created yet.
+	s := supervisor{p.socket}
+	for id, says := range map[string]string{
+		c.ID: "no created instance with phases", "unknown": "no created instance", "a/etc": "not allowed", "": "want 1 to 128",
+	} {
+		_, err := s.ask(t.Context(), id, specs.StateCreated)
+		w.mustNot(err, says)
+	}
+	if p.hookedInstance(c.ID) != nil || len(p.supervisor.List()) != 0 {
+		t.Error("something is supervised")
+	}
+	// Whose daemon doesn't supervise it doesn't start, whatever the failure policy.
+	c.Seccomp = made.Seccomp
+	w.policy.Policies[1].Failure = policy.FailureRuntimeDefault
+	c.made()
+	err = w.asking(func(h *Hooks) error {
+		return h.Created(t.Context(), c.ID, c.pid(), func() (policy.Container, adjust.Runtime, error) {
+			return c.Container, adjust.Runtime{Engine: "podman", Adapter: adjust.AdapterHook}, nil
+		})
+	})
+	if err == nil { // the fake's pid has no cgroup that could be frozen
+		t.Error("created without supervision")
+	}
+	if left, err := filepath.Glob(filepath.Join(w.dir, "journal", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left in the journal: %v, %v", left, err)
+	}
+	if p.hookedInstance(c.ID) != nil || len(p.supervisor.List()) != 0 {
+		t.Error("something is supervised")
+	}
+
+	_, err = w.userPrecreate(alice, w.newContainer(2))
+	w.mustNot(err, "policy phased has phases, which rootless containers can't have")
+}
+
+// TestHookOfAnotherVersion: who listens and doesn't know hooks is no supervisor.
+func TestHookOfAnotherVersion(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "listener.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, tc := range []struct {
+		answer func(c net.Conn)
+		says   string
+	}{
+		{func(net.Conn) {}, "does not answer hooks"},
+		{func(c net.Conn) { _, _ = c.Write([]byte("HTTP/1.1 400\r\n")) }, "ask syslatchd: invalid character"},
+		{func(c net.Conn) { _ = json.NewEncoder(c).Encode(hookAnswer{Error: "is full"}) }, "syslatchd: is full"},
+	} {
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			var state specs.ContainerProcessState
+			if json.NewDecoder(c).Decode(&state) == nil && state.State.ID == "x" && state.Metadata == fromHook {
+				tc.answer(c)
+			}
+		}()
+		if _, err := (&supervisor{socket}).ask(t.Context(), "x", specs.StateCreating); err == nil || !strings.Contains(err.Error(), tc.says) {
+			t.Errorf("%v, want %q", err, tc.says)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := (&supervisor{socket}).ask(ctx, "x", specs.StateCreating); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
+
+// A phase is kept for the run that has it, and for no other of the same container.
+func TestHookedPhaseIsKept(t *testing.T) {
+	w := newPhasedWorld(t)
+	h := w.hooks()
+	defer h.Close()
+	in := (&instance{Container: policy.Container{ID: "x"}, CgroupID: 7, Phases: &instancePhases{}}).prepare()
+	now := phaseNow{Phase: "b", Generation: 2}
+	save := func(in *instance, want phaseNow) {
+		t.Helper()
+		if err := h.savePhase(in, now); err != nil {
+			t.Error(err)
+		}
+		if got, err := h.a.journal.phase("x"); err != nil || got.Phase != want.Phase || got.Generation != want.Generation {
+			t.Errorf("%+v, %v, want %+v", got, err, want)
+		}
+	}
+	save(in, phaseNow{}) // it has ended
+	if left, err := filepath.Glob(filepath.Join(w.dir, "journal", "*")); err != nil || len(left) > 0 {
+		t.Errorf("left in the journal: %v, %v", left, err)
+	}
+	if err := h.a.journal.save(in); err != nil {
+		t.Fatal(err)
+	}
+	save((&instance{Container: in.Container, CgroupID: 8}).prepare(), phaseNow{})
+	save(in, now)
+	if err := h.a.journal.remove("x"); err != nil {
+		t.Fatal(err)
+	}
+	save(in, phaseNow{})
+}

@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package podman
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/phase"
+)
+
+// phased are the phases of containers that first read, and then write. Limits of
+// cgroups need v2 here, as podman's own do.
+const phased = `
+- name: plain
+  match: {containers: [plain]}
+  mode: "off"
+- name: agent
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  annotations: [mode, phase]
+  allowedModes: [off, record, enforce]
+  phases:
+    initial: read_only
+    gaps: report
+    read_only:
+      allow: ["@file-read", "@basic-io", "@info", "@process"]
+    write_logs:
+      allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"]
+      limits: {oomScoreAdj: 600}
+      next: [read_only, locked]
+    locked: {irreversible: true}
+`
+
+// daemon is a syslatchd, which logs to a file.
+type daemon struct {
+	e   *env
+	cmd *exec.Cmd
+	log string
+}
+
+// startDaemon starts syslatchd and waits until it serves phases.
+func (e *env) startDaemon() *daemon {
+	e.t.Helper()
+	f, err := os.CreateTemp(e.dir, "syslatchd-")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	defer f.Close()
+	// With no more capabilities than the systemd unit leaves it.
+	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set=-all,+bpf,+perfmon", "--inh-caps=-all", "--no-new-privs",
+		filepath.Join(programs, "syslatchd"), "--config", e.policy, "--nri-socket", e.dir+"/none.sock", "--log-format", "json")}
+	d.cmd.Stdout, d.cmd.Stderr = f, f
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := d.cmd.Start(); err != nil {
+		e.t.Fatal(err)
+	}
+	e.t.Cleanup(func() {
+		d.kill(syscall.SIGTERM)
+		if e.t.Failed() {
+			e.t.Logf("syslatchd:\n%s", d.text())
+		}
+	})
+	d.wait("serving phases")
+	return d
+}
+
+func (d *daemon) text() string {
+	text, err := os.ReadFile(d.log)
+	if err != nil {
+		d.e.t.Fatal(err)
+	}
+	return string(text)
+}
+
+// wait waits for a line that has all that is wanted.
+func (d *daemon) wait(want ...string) {
+	d.e.t.Helper()
+	d.e.wait(fmt.Sprintf("%q in syslatchd's log", want), func() bool {
+		for line := range strings.Lines(d.text()) {
+			has := 0
+			for _, w := range want {
+				if strings.Contains(line, w) {
+					has++
+				}
+			}
+			if has == len(want) {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// kill ends it and waits; harmless if it has ended.
+func (d *daemon) kill(sig syscall.Signal) {
+	if d.cmd.ProcessState != nil {
+		return
+	}
+	_ = d.cmd.Process.Signal(sig)
+	_ = d.cmd.Wait()
+}
+
+// phase runs `syslatch phase`.
+func (e *env) phase(args ...string) string {
+	e.t.Helper()
+	cmd := exec.CommandContext(e.ctx, filepath.Join(programs, "syslatch"), append([]string{"phase"}, args...)...)
+	cmd.Env = append(os.Environ(), "SYSLATCH_SOCKET="+e.dir+"/state/api.sock")
+	return e.must(cmd.CombinedOutput())
+}
+
+func (e *env) phaseStatus(id string) phase.Status {
+	e.t.Helper()
+	return decode[phase.Status](e.t, e.phase("get", id, "-o", "json"))
+}
+
+// supervised lists the instances that there are.
+func (e *env) supervised() []phase.Status {
+	e.t.Helper()
+	type list struct {
+		Instances []phase.Status `json:"instances"`
+	}
+	return decode[list](e.t, e.phase("list", "-o", "json")).Instances
+}
+
+// shell is a container's program that does what it is told, a line at a time.
+type shell struct {
+	t   *testing.T
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+	n   int
+}
+
+// shell attaches to one that `podman run --interactive` or `podman start` starts.
+func (e *env) shell(args ...string) *shell {
+	e.t.Helper()
+	s := &shell{t: e.t, cmd: command(e.ctx, e.conf, args...)}
+	var stderr strings.Builder
+	s.cmd.Stderr = &stderr
+	in, err := s.cmd.StdinPipe()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	out, err := s.cmd.StdoutPipe()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if err := s.cmd.Start(); err != nil {
+		e.t.Fatal(err)
+	}
+	s.in, s.out = in, bufio.NewReader(out)
+	e.t.Cleanup(func() {
+		s.in.Close()
+		if s.cmd.ProcessState == nil {
+			_ = s.cmd.Wait()
+		}
+		if e.t.Failed() {
+			e.t.Logf("podman %q: %s", args, stderr.String())
+		}
+	})
+	return s
+}
+
+// status is that of a command.
+func (s *shell) status(line string) string {
+	s.t.Helper()
+	if _, err := io.WriteString(s.in, line+"; echo $?\n"); err != nil {
+		s.t.Fatal(err)
+	}
+	answer, err := s.out.ReadString('\n')
+	if err != nil {
+		s.t.Fatalf("%s: %q, %v", line, answer, err)
+	}
+	return strings.TrimSpace(answer)
+}
+
+// makes wants to see whether a directory can be made.
+func (s *shell) makes(want bool) {
+	s.t.Helper()
+	s.n++
+	if got := s.status(fmt.Sprintf("mkdir /tmp/%d", s.n)); (got == "0") != want {
+		s.t.Errorf("mkdir: exit status %s, want it to succeed: %v", got, want)
+	}
+}
+
+// end has the shell end, and waits for podman.
+func (s *shell) end() {
+	s.t.Helper()
+	s.in.Close()
+	var exit *exec.ExitError // the shell's status is that of its last command
+	if err := s.cmd.Wait(); err != nil && !errors.As(err, &exit) {
+		s.t.Error(err)
+	}
+}
+
+// A container's phase changes while it runs, both ways, also for what podman exec
+// brings in; a syslatchd that is killed leaves it as it is; and each run begins anew.
+func TestPhases(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", phased)
+		d := e.startDaemon()
+		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		s.makes(false)
+		id := e.inspect("agent", "{{.Id}}")
+		execs := 0
+		inExec := func(want bool) {
+			t.Helper()
+			execs++
+			r, err := podman(e.ctx, e.conf, "exec", "agent", "mkdir", fmt.Sprintf("/tmp/exec%d", execs))
+			if err != nil || (r.code == 0) != want || !want && !strings.Contains(r.stderr, "Operation not permitted") {
+				t.Errorf("exec mkdir: %+v, %v, want it to succeed: %v", r, err, want)
+			}
+		}
+		holds := func(name string, generation uint64) {
+			t.Helper()
+			st := e.phaseStatus(id)
+			if st.Phase != name || st.Generation != generation || st.State != phase.Holds || st.Name != "agent" {
+				t.Errorf("%+v, want %s, generation %d", st, name, generation)
+			}
+		}
+		holds("read_only", 1)
+		inExec(false)
+		if got := s.status("test -S /run/syslatch/phase.sock"); got != "0" {
+			t.Errorf("the container has no socket of its own: exit status %s", got)
+		}
+		e.phase("set", id[:12], "write_logs")
+		s.makes(true)
+		inExec(true)
+		if got := e.oomScore("agent"); got != 600 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		e.phase("set", id, "read_only")
+		s.makes(false)
+		if got := e.oomScore("agent"); got == 600 {
+			t.Error("oom_score_adj is not what it was")
+		}
+		d.wait("phase event", `"denied"`, "SCMP_ARCH_X86_64", id)
+
+		d.kill(syscall.SIGKILL)
+		d = e.startDaemon()
+		holds("read_only", 3)
+		s.makes(false)
+		e.phase("set", id, "write_logs")
+		d.kill(syscall.SIGKILL)
+		d = e.startDaemon()
+		holds("write_logs", 4)
+		s.makes(true)
+		inExec(true)
+		s.end()
+		d.wait("phase event", `"ended"`, id)
+		e.idle()
+
+		s = e.shell("start", "--attach", "--interactive", "agent")
+		s.makes(false)
+		holds("read_only", 1)
+		s.end()
+		d.wait("phase event", `"ended"`, id)
+
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.idle()
+		if left, err := filepath.Glob(e.dir + "/state/inside/*"); err != nil || len(left) > 0 {
+			t.Errorf("sockets of containers are left: %v, %v", left, err)
+		}
+		if strings.Contains(d.text(), "is not removed") {
+			t.Error("a container's socket could not be removed")
+		}
+	})
+}
+
+// Phases that differ in limits alone have no listener, and are switched as well.
+func TestPhasesOfLimits(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", `
+- name: limits
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  phases:
+    initial: busy
+    busy: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 300}}
+    idle: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 700}}
+`)
+		d := e.startDaemon()
+		if r := e.run("agent", []string{"--detach"}, "sleep", "1000"); r.code != 0 {
+			t.Fatalf("%+v", r)
+		}
+		if got := e.oomScore("agent"); got != 300 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		id := e.inspect("agent", "{{.Id}}")
+		e.phase("set", id, "idle")
+		if got := e.oomScore("agent"); got != 700 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		d.kill(syscall.SIGKILL)
+		d = e.startDaemon()
+		if st := e.phaseStatus(id); st.Phase != "idle" || st.State != phase.Holds {
+			t.Errorf("%+v", st)
+		}
+		e.phase("set", id, "busy")
+		if got := e.oomScore("agent"); got != 300 {
+			t.Errorf("oom_score_adj is %d", got)
+		}
+		e.podman("rm", "--force", "--time", "0", "agent")
+		d.wait("phase event", `"ended"`, id)
+		e.idle()
+	})
+}
+
+// oomScore is that of a container's first process.
+func (e *env) oomScore(name string) int {
+	e.t.Helper()
+	data, err := os.ReadFile("/proc/" + e.inspect(name, "{{.State.Pid}}") + "/oom_score_adj")
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	return n
+}
+
+// A container with phases starts in the one that it is to start in, and only where
+// somebody supervises it; what has ended costs nothing.
+func TestPhaseAtCreate(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", phased)
+		run := func(options ...string) result {
+			t.Helper()
+			e.name++
+			return e.run(fmt.Sprintf("agent%d", e.name), options, "sh", "-c", "mkdir /tmp/x && echo made; echo done")
+		}
+		refused := func(r result, says ...string) {
+			t.Helper()
+			for _, s := range append(says, "syslatch: ") {
+				if r.code == 0 || r.stdout != "" || !strings.Contains(r.stderr, s) {
+					t.Errorf("%+v, want %q", r, s)
+				}
+			}
+		}
+		refused(run(), "policy agent: phases need a running syslatchd (systemctl start syslatchd")
+		d := e.startDaemon()
+		if r := run(); r.stdout != "done\n" || !strings.Contains(r.stderr, "Operation not permitted") {
+			t.Errorf("initial phase: %+v", r)
+		}
+		if r := run("--annotation", "syslatch.dev/phase=write_logs"); r.stdout != "made\ndone\n" {
+			t.Errorf("by annotation: %+v", r)
+		}
+		// One whose program isn't there is created, and ends without poststop: its
+		// journal is the next container's to clear.
+		if r := e.run("none", nil, "/no/such/program"); r.code != 127 {
+			t.Errorf("%+v", r)
+		}
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		if hierarchy.Mode == cgroup.V2 && filepath.Base(runtime) == "crun" { // runc can't
+			r, err := podman(e.ctx, e.conf, "run", "--entrypoint", "[]", "--cgroups", "disabled", "--name", "disabled", image, "true")
+			if err != nil {
+				t.Fatal(err)
+			}
+			refused(r, "no cgroup of its own")
+		}
+		if runtime != runtimes[0] {
+			return // the rest is not the runtime's
+		}
+
+		if r := run("--annotation", "phase.syslatch.dev=write_logs"); r.stdout != "made\ndone\n" {
+			t.Errorf("by annotation: %+v", r)
+		}
+		refused(run("--annotation", "syslatch.dev/phase=loose"), `value "loose"`, "read_only, write_logs or locked")
+		if r := run(mode("record")...); r.stdout != "made\ndone\n" {
+			t.Errorf("in mode record: %+v", r)
+		}
+		// Polls of ends, and listeners, are closed.
+		open := func() int {
+			t.Helper()
+			fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", d.cmd.Process.Pid))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(fds)
+		}
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		before := open()
+		for range 2 {
+			run()
+		}
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.wait("closed descriptors", func() bool { return open() <= before })
+		e.idle()
+
+		e.write("", strings.Replace(phased, "existingProfile: replace", "existingProfile: keep", 1))
+		refused(run(), "set existingProfile: replace if that is meant")
+		if r := run("--security-opt", "seccomp=unconfined"); r.stdout != "done\n" {
+			t.Errorf("without a profile of podman's: %+v", r)
+		}
+		e.write("", strings.Replace(phased, "gaps: report", "gaps: deny", 1))
+		refused(run(), "can't be enforced on this host", "stay writable")
+		d.kill(syscall.SIGTERM)
+		refused(run(), "phases need a running syslatchd")
+		if r := e.run("plain", nil, "mkdir", "/x"); r.code != 0 {
+			t.Errorf("without phases: %+v", r)
+		}
+		e.idle()
+	})
+}
+
+// A rootless container has no phases, and is not started without.
+func TestPhasesAreNotForRootless(t *testing.T) {
+	r := newRootless(t, runtimes[0])
+	r.write(fmt.Sprintf("hook: {rootless: {users: [%s], socket: %s}}\n", servedUser, r.socket),
+		strings.NewReplacer("match: {}", `match: {users: ["*"]}`, "match: {containers", `match: {users: ["*"], containers`).Replace(phased))
+	r.load()
+	r.start()
+	r.refused(r.userRun("agent", []string{"--annotation", "syslatch.dev/phase=read_only"}, "true"), "rootless containers can't have")
+	if got := r.userRun("plain", nil, "true"); got.code != 0 {
+		t.Errorf("left alone: %+v", got)
+	}
+	r.idle()
+}

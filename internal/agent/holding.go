@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,21 +21,79 @@ import (
 // holderTime bounds the wait for a holder that is started.
 const holderTime = 10 * time.Second
 
-// keep has the holder keep a container's listener. Without a holder the container
-// runs as well, but breaks when this process ends.
-func (p *phasing) keep(id string, l *seccomp.Listener) {
+// Each chain of filters has a thread that answers. An exec makes one, which lasts as
+// long as any of its processes.
+const (
+	maxChains    = 128  // of one container
+	maxAllChains = 4096 // Go ends a program with 10000 threads
+)
+
+// chain is a listener of a container, which the holder may have, too.
+type chain struct {
+	*seccomp.Listener
+	p        *phasing
+	id, name string
+}
+
+// GiveUp is for a listener that nobody serves any more: that the holder has it would
+// make its filter's calls wait for ever.
+func (c *chain) GiveUp() {
+	c.p.mu.Lock()
+	defer c.p.mu.Unlock()
+	delete(c.p.kept[c.id], c.name)
+	if c.p.holder != nil {
+		_ = c.p.holder.Drop(c.name) // it has ended, and so has what it held
+	}
+}
+
+// enter gives a new listener its name, or refuses it where there are too many.
+func (p *phasing) enter(id string, l *seccomp.Listener) (*chain, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.prune()
+	all := 0
+	for _, chains := range p.kept {
+		all += len(chains)
+	}
+	if n := len(p.kept[id]); n >= maxChains || all >= maxAllChains {
+		return nil, fmt.Errorf("%d chains of filters of this container have processes, %d of all (at most %d and %d): the exec that made this one fails", n, all, maxChains, maxAllChains)
+	}
 	p.chains++
-	name := id + " " + strconv.FormatUint(p.chains, 10)
-	if p.kept[id] == nil {
-		p.kept[id] = map[string]*seccomp.Listener{}
+	c := &chain{l, p, id, id + " " + strconv.FormatUint(p.chains, 10)}
+	p.know(c)
+	return c, nil
+}
+
+// know is for a listener with a name. p.mu is held.
+func (p *phasing) know(c *chain) {
+	if p.kept[c.id] == nil {
+		p.kept[c.id] = map[string]*seccomp.Listener{}
 	}
-	p.kept[id][name] = l
-	if p.startHolder == nil {
-		return
+	p.kept[c.id][c.name] = c.Listener
+}
+
+// prune forgets the chains that have ended. p.mu is held.
+func (p *phasing) prune() {
+	for id, chains := range p.kept {
+		for name, l := range chains {
+			if f, err := l.File(); err != nil {
+				delete(chains, name) // closed
+			} else {
+				f.Close()
+			}
+		}
+		if len(chains) == 0 {
+			delete(p.kept, id)
+		}
 	}
-	if p.holder != nil && p.holdOne(name, l) == nil {
+}
+
+// keep has the holder keep a container's listener. Without a holder the container
+// runs as well, but breaks when this process ends.
+func (p *phasing) keep(c *chain) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.startHolder == nil || p.kept[c.id][c.name] == nil || p.holder != nil && p.holdOne(c.name, c.Listener) == nil {
 		return
 	}
 	p.hold() // it has ended: everything is kept anew
@@ -81,21 +140,27 @@ func (p *phasing) hold() {
 func holderSocket(a *Agent) string { return filepath.Join(a.policy.StateDir, "holder.sock") }
 
 // held takes what a holder has of an earlier process: by container, by name.
-func (p *phasing) held() map[string]map[string]*os.File {
+func (p *phasing) held() (map[string]map[string]*os.File, error) {
 	out := map[string]map[string]*os.File{}
 	if p == nil || p.startHolder == nil {
-		return out
+		return out, nil
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.hold()
 	if p.holder == nil {
-		return out
+		return out, nil
 	}
 	files, err := p.holder.Kept()
 	if err != nil {
-		p.a.log.WithError(err).Error("what an earlier syslatchd left with the holder can't be had")
-		return out
+		p.hold()
+		if p.holder != nil {
+			files, err = p.holder.Kept()
+		}
+	}
+	if err != nil {
+		// To go on would be to let containers wait for ever.
+		return nil, fmt.Errorf("what an earlier syslatchd left with the holder can't be had: %w", err)
 	}
 	for name, f := range files {
 		id, number, _ := strings.Cut(name, " ")
@@ -107,7 +172,7 @@ func (p *phasing) held() map[string]map[string]*os.File {
 		}
 		out[id][name] = f
 	}
-	return out
+	return out, nil
 }
 
 // resume serves the listeners that were held for an instance, and tells how many. The
@@ -121,16 +186,14 @@ func (p *phasing) resume(in *instance, sv *phase.Supervised, held map[string]*os
 			p.a.instanceLog(in).WithError(err).WithFields(logrus.Fields{"held": name}).Error("what was held is no listener")
 			continue
 		}
+		c := &chain{l, p, id, name}
 		p.mu.Lock()
-		if p.kept[id] == nil {
-			p.kept[id] = map[string]*seccomp.Listener{}
-		}
-		p.kept[id][name] = l
+		p.know(c)
 		p.mu.Unlock()
-		if in.Ran {
-			sv.Resume(l)
+		if in.Ran || in.kept.began() {
+			sv.Resume(c)
 		} else {
-			sv.Serve(l)
+			sv.Serve(c)
 		}
 		n++
 	}
@@ -175,15 +238,7 @@ func (p *phasing) checkHolder() {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, chains := range p.kept {
-		for name, l := range chains {
-			if f, err := l.File(); err != nil {
-				delete(chains, name) // closed
-			} else {
-				f.Close()
-			}
-		}
-	}
+	p.prune()
 	if p.a.stopped.Err() == nil && (p.holder == nil || p.holder.Drop("?") != nil) {
 		p.hold()
 	}

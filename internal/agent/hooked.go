@@ -178,6 +178,8 @@ func (p *phasing) adopt(id string) error {
 		return err
 	}
 	p.a.change(func() { p.hooked[id] = in })
+	in.kept.lock(true)
+	defer in.kept.lock(false)
 	if err = p.serveInside(in); err == nil {
 		err = p.attached(in, in.Container.PID)
 	}
@@ -204,14 +206,10 @@ func (p *phasing) running(id string) error {
 	p.a.change(func() { in.Ran = true })
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	st, err := p.supervisor.Limit(ctx, id)
-	if errors.Is(err, cgroup.ErrGone) {
-		return nil
-	}
-	if err != nil {
+	if _, err := p.supervisor.Limit(ctx, id); err != nil && !errors.Is(err, cgroup.ErrGone) {
 		return err
 	}
-	return in.hooks.savePhase(in, phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()})
+	return nil
 }
 
 // journalOf is where an instance is kept.

@@ -92,20 +92,21 @@ func removeStalePins() {
 }
 
 // enforce puts a command's cgroup under a plan's hooks: in the phase from, but for
-// execve, which the command itself takes. [beginning] ends that.
-func (e *enforcer) enforce(plan *profiles.PhasePlan, from string, group *cgroup.Group) error {
+// execve, which the command itself takes. [beginning] ends that. With gaps, programs that
+// the kernel lacks are done without.
+func (e *enforcer) enforce(plan *profiles.PhasePlan, from string, group *cgroup.Group, gaps bool) error {
 	var ns unix.Stat_t
 	if err := unix.Stat("/proc/self/ns/mnt", &ns); err != nil { // the command's, too
 		return fmt.Errorf("mount namespace: %w", err)
 	}
 	set := bpf.PhaseSet{}
-	e.numbers = map[string]uint8{}
+	numbers := map[string]uint8{}
 	for i, name := range plan.Phases {
 		rules, err := phaseRules(plan.HookRules(name))
 		if err != nil {
 			return fmt.Errorf("phase %s: %w", name, err)
 		}
-		e.numbers[name] = uint8(i)
+		numbers[name] = uint8(i)
 		set[uint8(i)] = rules
 		if name == from {
 			rules.Exec = true
@@ -117,7 +118,11 @@ func (e *enforcer) enforce(plan *profiles.PhasePlan, from string, group *cgroup.
 		return err
 	}
 	defer dir.Close()
-	e.handle, err = e.Add(group.ID(), set, bpf.EnforceOptions{Phase: bpf.StartPhase, Dir: dir, MountNS: uint32(ns.Ino)})
+	// What is missing is among the gaps, and these are meant.
+	e.handle, err = e.Add(group.ID(), set, bpf.EnforceOptions{Phase: bpf.StartPhase, Dir: dir, MountNS: uint32(ns.Ino), Partial: gaps})
+	if err == nil {
+		e.numbers = numbers
+	}
 	return err
 }
 

@@ -64,6 +64,7 @@ type instance struct {
 	hooks    *Hooks        // in whose journal it is; nil for the agent's own
 	barrier  barrier
 	limits   limits
+	kept     keptPhase
 	inside   io.Closer // changes; serves its own socket, nil if nothing does
 	gone     bool      // changes; nothing is left of it, neither here nor in the journal
 

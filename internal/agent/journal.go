@@ -131,6 +131,7 @@ type phaseNow struct {
 	Phase      string       `json:"phase"`
 	Generation uint64       `json:"generation"`
 	Original   []limitValue `json:"original,omitempty"` // what phases changed
+	Began      bool         `json:"began,omitempty"`    // the program was executed
 }
 
 // savePhase replaces an instance's phase. Its calls come one after the other.
@@ -149,6 +150,16 @@ func (j *journal) hasPhases() bool {
 		in, err := j.instance(id)
 		return err == nil && in.Phases != nil // what can't be read is reported by load
 	})
+}
+
+// forgetPhase removes what is left of an earlier instance of the same id.
+func (j *journal) forgetPhase(id string) error {
+	for _, suffix := range []string{phaseSuffix, frozenSuffix} {
+		if err := os.Remove(j.path(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("journal: %w", err)
+		}
+	}
+	return nil
 }
 
 // phase is what savePhase kept; of an instance that was never switched it is zero.

@@ -51,9 +51,10 @@ func (l *limits) restore(original []limitValue) {
 }
 
 // set writes what is wanted of a container whose first process is pid, and puts back
-// what isn't wanted any more, then reads both back. On v1 the order of some writes
-// matters (memory and memory.memsw), so what fails is tried again after the others.
-func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation) error {
+// what isn't wanted any more, then reads both back. keep is given what files held
+// before, as soon as that is known. On v1 the order of some writes matters (memory and
+// memory.memsw), so what fails is tried again after the others.
+func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation, keep func([]limitValue) error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p, err := cgroup.OpenProcess(pid)
@@ -61,9 +62,10 @@ func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation) error {
 		return err
 	}
 	defer p.Close()
+	original := slices.Clone(l.original)
 	for i := range want {
 		e := &want[i]
-		if slices.ContainsFunc(l.original, func(v limitValue) bool { return v.of(e) }) {
+		if slices.ContainsFunc(original, func(v limitValue) bool { return v.of(e) }) {
 			continue
 		}
 		content, err := h.Read(pid, *e)
@@ -73,11 +75,20 @@ func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation) error {
 			}
 			return err
 		}
-		l.original = append(l.original, limitValue{e.Source, e.Controller, e.File, content})
+		original = append(original, limitValue{e.Source, e.Controller, e.File, content})
+	}
+	if len(original) > len(l.original) {
+		if err := keep(original); err != nil {
+			return err
+		}
+		l.original = original
+	}
+	wanted := func(v limitValue) bool {
+		return slices.ContainsFunc(want, func(e adjust.Expectation) bool { return v.of(&e) })
 	}
 	todo := slices.Clone(want)
 	for _, v := range l.original {
-		if !slices.ContainsFunc(want, func(e adjust.Expectation) bool { return v.of(&e) }) {
+		if !wanted(v) {
 			todo = append(todo, adjust.Expectation{Source: v.Source, Controller: v.Controller, File: v.File, Want: v.Content, Rule: adjust.RuleEqual})
 		}
 	}
@@ -96,7 +107,17 @@ func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation) error {
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	return mismatchError(adjust.Verify(todo, func(e adjust.Expectation) (string, error) { return h.Read(pid, e) }))
+	if err := mismatchError(adjust.Verify(todo, func(e adjust.Expectation) (string, error) { return h.Read(pid, e) })); err != nil {
+		return err
+	}
+	// What was put back may be changed by others from now on.
+	if back := slices.DeleteFunc(slices.Clone(l.original), func(v limitValue) bool { return !wanted(v) }); len(back) < len(l.original) {
+		if err := keep(back); err != nil {
+			return err
+		}
+		l.original = back
+	}
+	return nil
 }
 
 func writeLimit(h kernelHost, p *cgroup.Process, e adjust.Expectation) error {
@@ -107,14 +128,41 @@ func writeLimit(h kernelHost, p *cgroup.Process, e adjust.Expectation) error {
 	if err != nil {
 		return err
 	}
-	want := e.Want
-	if e.Controller == "memory" && want == "max" {
-		want = "-1" // as v1 says it
+	path := filepath.Join(dir, e.File)
+	switch {
+	case e.Controller == "memory" && e.Want == "max":
+		return writeFile(path, "-1") // as v1 says it
+	case e.File == "io.max":
+		return writeDevices(path, e.Want)
+	case e.Want == "":
+		return writeFile(path, "\n") // as of cpuset.cpus
 	}
-	// The kernel takes one line a write (io.max).
+	return writeFile(path, strings.TrimSpace(e.Want))
+}
+
+// writeDevices writes io.max, which takes a line at a time, and takes the limits from
+// devices that aren't in it.
+func writeDevices(path, want string) error {
+	is, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	device := func(line string) string {
+		name, _, _ := strings.Cut(strings.TrimSpace(line), " ")
+		return name
+	}
+	wanted := map[string]bool{}
 	for line := range strings.Lines(want) {
-		if err := writeFile(filepath.Join(dir, e.File), strings.TrimSpace(line)); err != nil {
+		wanted[device(line)] = true
+		if err := writeFile(path, strings.TrimSpace(line)); err != nil {
 			return err
+		}
+	}
+	for line := range strings.Lines(string(is)) {
+		if d := device(line); !wanted[d] {
+			if err := writeFile(path, d+" rbps=max wbps=max riops=max wiops=max"); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -95,7 +95,10 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		opts.Log.WithError(err).Debug("no BPF programs for phases") // the gaps say what that means
 	}
-	defer func() { err = errors.Join(err, programs.end()) }()
+	defer func() {
+		_ = group.Kill() // nothing is to run without them
+		err = errors.Join(err, programs.end())
+	}()
 	plan, err := profiles.CompilePhases(opts.Policy.Set(), host, profiles.PhaseOptions{
 		Architectures: opts.Policy.Architectures, NewerThanKernel: seccomp.NewerThan(seccomp.KernelRelease()),
 	})
@@ -169,7 +172,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		return 0, err
 	}
 	if len(plan.Hooks) > 0 {
-		if err := programs.enforce(plan, supervised.Status().Phase, group); err != nil {
+		if err := programs.enforce(plan, supervised.Status().Phase, group, len(gaps) > 0); err != nil {
 			child.abandon()
 			return 0, err
 		}

@@ -128,30 +128,45 @@ func (a *Agent) phaseEvent(e phase.Event) {
 	default:
 		log.WithField("event", e.Kind).Info("phase event")
 	}
-	if e.Kind != phase.Switched && e.Kind != phase.Failed {
-		return
-	}
-	in := a.instance(e.Instance)
-	if in == nil {
-		in = a.phases.hookedInstance(e.Instance)
-	}
-	if in != nil && in.Phases != nil {
-		a.keepPhase(in, e)
-	}
 }
 
-// keepPhase keeps where an instance is, for the next process.
-func (a *Agent) keepPhase(in *instance, e phase.Event) {
-	now := phaseNow{Phase: e.To, Generation: e.Generation, Original: in.limits.snapshot()}
+// keptPhase is where an instance is, as the journal has it for the next process.
+type keptPhase struct {
+	mu  sync.Mutex
+	now phaseNow // guarded by mu
+	// locked: the hook that created the instance has its lock, and waits.
+	locked bool // guarded by mu
+}
+
+func (k *keptPhase) began() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.now.Began
+}
+
+func (k *keptPhase) lock(yes bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.locked = yes
+}
+
+// keep changes where an instance is, in the journal first.
+func (p *phasing) keepPhase(in *instance, change func(*phaseNow)) error {
+	in.kept.mu.Lock()
+	defer in.kept.mu.Unlock()
+	next := in.kept.now
+	change(&next)
 	var err error
-	if in.hooks != nil {
-		err = in.hooks.savePhase(in, now)
+	if in.hooks != nil && !in.kept.locked {
+		err = in.hooks.savePhase(in, next)
 	} else {
-		err = a.journal.savePhase(in.Container.ID, now)
+		err = p.a.journalOf(in).savePhase(in.Container.ID, next)
 	}
 	if err != nil {
-		a.instanceLog(in).WithError(err).Error("phase not kept: if syslatchd is restarted, the container is in an earlier one")
+		return fmt.Errorf("keep where the container is: %w", err)
 	}
+	in.kept.now = next
+	return nil
 }
 
 // instancePhases is what of an instance's phases is in the journal: all that its plan
@@ -219,12 +234,21 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		return nil, err
 	}
 	in.limits.restore(now.Original)
+	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
-		Barrier:   &in.barrier,
+		Barrier: &in.barrier,
+		Keep: func(name string, generation uint64) error {
+			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
+		},
+		Began: func() {
+			if err := p.keepPhase(in, func(now *phaseNow) { now.Began = true }); err != nil {
+				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
+			}
+		},
 		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
 		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
 	})
@@ -293,12 +317,24 @@ func (p *phasing) attached(in *instance, pid int) error {
 	if p == nil || in.Phases == nil {
 		return nil
 	}
-	f, err := p.kernel.FreezerOf(pid)
+	f, err := p.freezer(in, pid)
 	if err != nil {
 		return fmt.Errorf("phases: %w", err)
 	}
 	in.barrier.set(f)
 	return in.barrier.thaw()
+}
+
+// freezer is that of the container's cgroup, whatever process has its init's pid by now.
+func (p *phasing) freezer(in *instance, pid int) (*cgroup.Freezer, error) {
+	if in.CgroupID == 0 {
+		return p.kernel.FreezerOf(pid) // cgroup v1 alone
+	}
+	path, err := p.kernel.Path(in.CgroupID)
+	if err != nil {
+		return nil, err
+	}
+	return cgroup.NewFreezer(path)
 }
 
 // begin sets the limits of the phase that an instance begins in. They come after those
@@ -310,15 +346,10 @@ func (p *phasing) begin(in *instance) error {
 	}
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	st, err := p.supervisor.Limit(ctx, in.Container.ID)
-	if err != nil {
+	if _, err := p.supervisor.Limit(ctx, in.Container.ID); err != nil {
 		return fmt.Errorf("limits of phase %s: %w", in.Decision.Phase, err)
 	}
-	now := phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()}
-	if now.Original == nil {
-		return nil // the phase has none
-	}
-	return p.a.journalOf(in).savePhase(in.Container.ID, now)
+	return nil
 }
 
 // setLimits sets what limits a phase has, and reads them back.
@@ -335,7 +366,17 @@ func (p *phasing) setLimits(in *instance, name string) error {
 		// crun has yet to set the spec's own: see Hooks.Started.
 		want = slices.DeleteFunc(want, func(e adjust.Expectation) bool { return e.Source == adjust.SourceProc })
 	}
-	return in.limits.set(p.kernel, pid, want)
+	// A container that may write to the hierarchy can have moved its first process.
+	switch id, err := p.kernel.CgroupOf(pid); {
+	case errors.Is(err, cgroup.ErrNoV2) && in.CgroupID == 0:
+	case err != nil:
+		return err
+	case id != in.CgroupID:
+		return fmt.Errorf("process %d is not in the container's cgroup any more", pid)
+	}
+	return in.limits.set(p.kernel, pid, want, func(original []limitValue) error {
+		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
+	})
 }
 
 // accept hands listeners to instances until the socket is closed.
@@ -343,11 +384,16 @@ func (p *phasing) accept() {
 	defer context.AfterFunc(p.a.stopped, func() { p.listener.Close() })()
 	for {
 		conn, err := p.listener.AcceptUnix()
-		if err != nil {
-			if p.a.stopped.Err() == nil && !errors.Is(err, net.ErrClosed) {
-				p.a.log.WithError(err).Error("listeners are not accepted any more: containers with phases don't start (restart syslatchd)")
-			}
+		if p.a.stopped.Err() != nil || errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil {
+			p.a.log.WithError(err).Error("a listener can't be accepted, it is tried again: containers with phases wait with their start")
+			select {
+			case <-time.After(acceptPause):
+			case <-p.a.stopped.Done():
+			}
+			continue
 		}
 		p.a.spawn("take a listener", func() {
 			defer conn.Close()
@@ -357,6 +403,9 @@ func (p *phasing) accept() {
 		})
 	}
 }
+
+// acceptPause is between two attempts to accept.
+const acceptPause = time.Second
 
 // handOver bounds the wait for what a runtime sends; it has connected by then.
 const handOver = 5 * time.Second
@@ -381,11 +430,15 @@ func (p *phasing) take(conn *net.UnixConn) error {
 	if _, err := p.supervisor.Get(id); err != nil {
 		return errors.Join(err, l.Close())
 	}
-	p.keep(id, l)
-	if err := p.supervisor.Serve(id, l); err != nil {
-		p.forget(id) // it has ended meanwhile
+	c, err := p.enter(id, l)
+	if err != nil {
+		return errors.Join(fmt.Errorf("container %s: %w", id, err), l.Close())
+	}
+	if err := p.supervisor.Serve(id, c); err != nil {
+		c.GiveUp() // it has ended meanwhile
 		return errors.Join(err, l.Close())
 	}
+	p.keep(c)
 	return nil
 }
 
@@ -396,27 +449,36 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		return
 	}
 	log := a.instanceLog(in)
-	now, err := a.journalOf(in).phase(in.Container.ID)
-	if err != nil {
-		log.WithError(err).Error("phase unknown: the container is taken for one that was never switched")
-	}
+	now, unknown := a.journalOf(in).phase(in.Container.ID)
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
 	sv, err := a.phases.supervise(in, now)
-	if err == nil {
-		err = a.phases.serveInside(in)
-	}
-	if err == nil && in.Container.PID > 0 {
-		err = a.phases.attached(in, in.Container.PID)
-	}
-	if err != nil {
-		log.WithError(err).Error("phases not picked up: what the container's filter asks about is denied")
+	if err != nil || unknown != nil {
+		// Served, it might do more than it may.
+		a.phases.release(held)
+		err = errors.Join(err, unknown)
+		log.WithError(err).Error("phases not picked up: what the container's filter asks about is denied (create it anew)")
+		if sv != nil {
+			sv.Lose(err)
+		}
 		return
 	}
-	if n := a.phases.resume(in, sv, held); n == 0 && in.Ran && sv.Asks() {
+	if in.CgroupID != 0 || in.Container.PID > 0 {
+		if err := a.phases.attached(in, in.Container.PID); err != nil {
+			log.WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
+		}
+	}
+	n := a.phases.resume(in, sv, held)
+	if err := a.phases.serveInside(in); err != nil {
+		log.WithError(err).Error("the container can't tighten itself")
+	}
+	if n == 0 && in.Ran && sv.Asks() {
 		sv.Lose(errors.New("syslatchd was restarted, and what held the container's listeners had ended, too (create the container anew)"))
 		return
+	}
+	if in.CgroupID == 0 {
+		return // not started yet
 	}
 	a.spawn("judge calls again", func() {
 		ctx, cancel := context.WithTimeout(a.stopped, rejudgeTime)

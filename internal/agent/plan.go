@@ -40,8 +40,9 @@ func (a *Agent) Plan(ctx context.Context, c policy.Container, runtime adjust.Run
 	if err == nil {
 		plan, err = a.plan(ctx, c, decision, runtime)
 	}
+	var gaps *GapsError
 	if err != nil {
-		if decision.Failure == policy.FailureRuntimeDefault {
+		if decision.Failure == policy.FailureRuntimeDefault && !errors.As(err, &gaps) {
 			log.WithError(err).Error("container runs without syslatch: its failure policy is runtime-default")
 			return nil, nil
 		}
@@ -63,17 +64,28 @@ func (a *Agent) plan(ctx context.Context, c policy.Container, d policy.Decision,
 		return nil, err
 	}
 	if in.Phases != nil {
-		_, err := a.phases.supervise(in, phaseNow{Phase: d.Phase})
-		if err == nil {
-			err = a.phases.serveInside(in)
-		}
-		if err != nil {
+		if err := a.beginPhases(ctx, in); err != nil {
 			a.change(func() { a.end(in) })
 			return nil, err
 		}
 		plan.Mounts = a.phases.mounts(in)
 	}
 	return plan, nil
+}
+
+// beginPhases supervises an instance that is known.
+func (a *Agent) beginPhases(ctx context.Context, in *instance) error {
+	if err := in.take(ctx); err != nil {
+		return err
+	}
+	defer in.put()
+	if a.hasEnded(in) {
+		return errStopped
+	}
+	if _, err := a.phases.supervise(in, phaseNow{Phase: in.Decision.Phase}); err != nil {
+		return err
+	}
+	return a.phases.serveInside(in)
 }
 
 // build makes the plan and its instance, which nothing knows of yet.
@@ -207,7 +219,7 @@ func (a *Agent) await(ctx context.Context, in *instance) error {
 	if a.hasEnded(in) {
 		return errStopped
 	}
-	if err := a.journal.save(in); err != nil {
+	if err := errors.Join(a.journal.forgetPhase(in.Container.ID), a.journal.save(in)); err != nil {
 		return err
 	}
 	// Without a name to wait for, Starting attaches late.

@@ -58,7 +58,10 @@ func (a *Agent) pickUp() error {
 		}
 	}
 	a.mu.Unlock()
-	held := a.phases.held()
+	held, err := a.phases.held()
+	if err != nil {
+		return err
+	}
 	for _, in := range known {
 		a.instanceLog(in).Info("instance picked up")
 		a.pickUpPhases(in, held[in.Container.ID])
@@ -167,7 +170,7 @@ func (a *Agent) sweepOnce() error {
 	var errs []error
 	for _, in := range a.all() {
 		a.mu.Lock()
-		ended, unlisted, cgroupID := in.ended, in.unlisted, in.CgroupID
+		ended, unlisted, cgroupID, started := in.ended, in.unlisted, in.CgroupID, in.Ran || in.Container.PID > 0
 		var slot *bpf.Instance
 		if in.handle != nil {
 			if s, ok := slots[*in.handle]; ok {
@@ -183,7 +186,7 @@ func (a *Agent) sweepOnce() error {
 		case cgroupID != 0 || age < planGrace:
 		case slot != nil && slot.RootCgroup != 0 && slot.Cgroups > 0:
 			// Created, and waiting to be started.
-		case slot != nil && slot.RootCgroup != 0, age > forgetAfter:
+		case slot != nil && slot.RootCgroup != 0, age > forgetAfter && !started:
 			// Its cgroup was removed again, or it is not worth waiting for.
 			a.change(func() { a.end(in) })
 		case slot != nil:

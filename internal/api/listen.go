@@ -38,7 +38,11 @@ type inode struct{ dev, ino uint64 }
 // hold it); connect, unlink of what nobody listens at; socket; fchmod before bind, so
 // that there is no moment at which the socket is there with the umask's mode; bind;
 // listen (a socket that refuses, which the next Listen replaces).
-func Listen(path string, mode fs.FileMode) (_ *Listener, err error) {
+func Listen(path string, mode fs.FileMode) (*Listener, error) { return listen(path, mode, true) }
+
+// listen takes no lock in a directory that a container sees: who may read a file may
+// lock it, and keep the next process from listening.
+func listen(path string, mode fs.FileMode, locked bool) (_ *Listener, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("socket %s: %w", path, err)
@@ -59,15 +63,17 @@ func Listen(path string, mode fs.FileMode) (_ *Listener, err error) {
 			break
 		}
 	}
-	lock, err := lockFile(path + ".lock")
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			lock.Close()
+	var lock *os.File
+	if locked {
+		if lock, err = lockFile(path + ".lock"); err != nil {
+			return nil, err
 		}
-	}()
+		defer func() {
+			if err != nil {
+				lock.Close()
+			}
+		}()
+	}
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
@@ -105,7 +111,11 @@ func (l *Listener) closeOnce() error {
 	if is, statErr := lstat(l.path); statErr == nil && is == l.inode {
 		err = os.Remove(l.path)
 	}
-	return errors.Join(err, l.UnixListener.Close(), l.lock.Close())
+	err = errors.Join(err, l.UnixListener.Close())
+	if l.lock != nil {
+		err = errors.Join(err, l.lock.Close())
+	}
+	return err
 }
 
 func lstat(path string) (inode, error) {

@@ -23,9 +23,9 @@ func (s *Server) Start(path string) (io.Closer, error) {
 }
 
 // Start is [Server.Start] for a workload's own socket, which everybody who sees it may
-// use.
+// use. That nobody else listens there is the caller's to see to.
 func (in *Inside) Start(path string) (io.Closer, error) {
-	l, err := Listen(path, 0o666)
+	l, err := listen(path, 0o666, false)
 	if err != nil {
 		return nil, err
 	}

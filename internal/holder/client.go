@@ -139,13 +139,24 @@ func (c *Client) Kept() (map[string]*os.File, error) {
 	return out, nil
 }
 
+// refusal is an answer.
+type refusal struct{ text string }
+
+func (r *refusal) Error() string { return r.text }
+
+// ask makes one request. After an error that is no answer the client is of no use.
 func (c *Client) ask(m message, f *os.File, held func(string, *os.File)) (err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	var refused *refusal
 	defer func() {
-		if err != nil {
-			err = fmt.Errorf("holder of descriptors: %s: %w", m.Op, err)
+		if err == nil {
+			return
 		}
+		if !errors.As(err, &refused) {
+			c.conn.Close() // a late answer would be taken for the next one's
+		}
+		err = fmt.Errorf("holder of descriptors: %s: %w", m.Op, err)
 	}()
 	if err := c.conn.SetDeadline(time.Now().Add(answerTime)); err != nil {
 		return err
@@ -163,7 +174,7 @@ func (c *Client) ask(m message, f *os.File, held func(string, *os.File)) (err er
 		case answer.Op == opOK:
 			return nil
 		case answer.Op == opError:
-			return errors.New(answer.Error)
+			return &refusal{answer.Error}
 		default:
 			if f != nil {
 				f.Close()

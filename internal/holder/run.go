@@ -19,6 +19,9 @@ const most = 16384
 // idle is how long a holder stays that has nothing, and nobody connected.
 const idle = 2 * time.Second
 
+// acceptPause is between two attempts to accept that fail: to end would be to drop all.
+const acceptPause = 100 * time.Millisecond
+
 // keeper is the state of a holder.
 type keeper struct {
 	mu        sync.Mutex
@@ -52,7 +55,8 @@ func Run(l *net.UnixListener, ready *os.File) error {
 				<-done
 				return nil
 			}
-			return err
+			time.Sleep(acceptPause) //nolint:forbidigo // no event says that there are descriptors again
+			continue
 		}
 		k.connect(1)
 		go func() {

@@ -12,21 +12,29 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// denials makes events of denied calls: one at once for the first of its kind in a
-// phase, and one a second for those that follow.
+// denials makes events of denied calls: the first of its kind in a phase at once, and
+// those that follow once a second. Who reports is a goroutine of its own, one at a time:
+// a log that hangs must not keep a call waiting.
 type denials struct {
 	total  atomic.Uint64
 	report func(phase string, call profiles.Call, pid int, count uint64)
 
-	mu    sync.Mutex
-	since map[denied]uint64 // guarded by mu: denied since they were reported
-	timer *time.Timer       // guarded by mu: nil while nothing is to report
+	mu        sync.Mutex
+	pending   map[denied]*denial // guarded by mu: not reported yet
+	reporting bool               // guarded by mu: a goroutine does
+	stop      chan struct{}      // closed by flush
+	done      sync.WaitGroup     // the goroutine
 }
 
 type denied struct {
 	phase string
 	abi   profiles.ABI
 	nr    uint32
+}
+
+type denial struct {
+	pid   int // of the first
+	count uint64
 }
 
 const (
@@ -41,39 +49,59 @@ func (d *denials) add(n *seccomp.Notification, phase string) {
 	d.total.Add(1)
 	key := denied{phase, n.ABI, n.Number}
 	d.mu.Lock()
-	if d.since == nil {
-		d.since = map[denied]uint64{}
+	defer d.mu.Unlock()
+	if x := d.pending[key]; x != nil {
+		x.count++
+		return
 	}
-	if d.timer == nil {
-		d.timer = time.AfterFunc(reportEvery, d.flush)
+	if d.pending == nil {
+		d.pending = map[denied]*denial{}
 	}
-	count, known := d.since[key]
-	switch {
-	case known:
-		d.since[key] = count + 1
-	case len(d.since) < mostDenied:
-		d.since[key] = 0
+	if len(d.pending) < mostDenied {
+		d.pending[key] = &denial{n.PID, 1}
 	}
-	d.mu.Unlock()
-	if !known {
-		d.report(phase, profiles.Call{ABI: n.ABI, Number: n.Number}, n.PID, 1)
+	if !d.reporting {
+		d.reporting = true
+		d.done.Go(d.run)
 	}
 }
 
-// flush reports what came after the first.
-func (d *denials) flush() {
-	d.mu.Lock()
-	since := d.since
-	if d.timer != nil {
-		d.timer.Stop()
-	}
-	d.since, d.timer = nil, nil
-	d.mu.Unlock()
-	for key, count := range since {
-		if count > 0 {
-			d.report(key.phase, profiles.Call{ABI: key.abi, Number: key.nr}, 0, count)
+// run reports until nothing has come for a second.
+func (d *denials) run() {
+	for {
+		if !d.take() {
+			d.mu.Lock()
+			if len(d.pending) == 0 {
+				d.reporting = false
+				d.mu.Unlock()
+				return
+			}
+			d.mu.Unlock()
+		}
+		select {
+		case <-d.stop:
+		case <-time.After(reportEvery):
 		}
 	}
+}
+
+// take reports what is pending.
+func (d *denials) take() bool {
+	d.mu.Lock()
+	pending := d.pending
+	d.pending = nil
+	d.mu.Unlock()
+	for key, x := range pending {
+		d.report(key.phase, profiles.Call{ABI: key.abi, Number: key.nr}, x.pid, x.count)
+	}
+	return len(pending) > 0
+}
+
+// flush reports the rest; nothing is added any more.
+func (d *denials) flush() {
+	close(d.stop)
+	d.done.Wait()
+	d.take()
 }
 
 func (sv *Supervised) reportDenied(phase string, call profiles.Call, pid int, count uint64) {

@@ -21,6 +21,8 @@ import (
 type Listener interface {
 	// Serve answers until the last task of the chain is gone (nil), or ctx ends.
 	Serve(ctx context.Context, decide func(*seccomp.Notification) (goOn bool, errno uint)) error
+	// Close lets go of this process's descriptor. A listener may also have a method
+	// GiveUp, by which nobody else keeps one: Serve has failed, and nobody will answer.
 	Close() error
 }
 
@@ -45,6 +47,11 @@ type Instance struct {
 	Barrier Barrier
 	// Hooks tells the kernel's programs a phase.
 	Hooks func(phase string) error
+	// Keep keeps a phase and its generation for a later process, before they are in
+	// force. nil: nobody does.
+	Keep func(phase string, generation uint64) error
+	// Began is told the first execve, once.
+	Began func()
 	// Limits sets what limits a phase has.
 	Limits func(ctx context.Context, phase string) error
 	// Ratchet puts an irreversible phase's filter on every task.
@@ -66,6 +73,7 @@ type Supervised struct {
 	ctx     context.Context // of the listeners
 	cancel  context.CancelFunc
 	serving sync.WaitGroup
+	began   sync.Once
 	denials denials
 
 	mu     sync.Mutex
@@ -92,7 +100,7 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 		sv.tables[phase] = in.Plan.Table(phase, seccomp.Number)
 	}
 	sv.ctx, sv.cancel = context.WithCancel(context.Background())
-	sv.denials.report = sv.reportDenied
+	sv.denials.report, sv.denials.stop = sv.reportDenied, make(chan struct{})
 	return sv, nil
 }
 
@@ -194,20 +202,24 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 		}
 		return before, err
 	}
-	if from == to && before.State == Holds {
-		return before, nil
+	if from == to && (before.State == Holds || o.Origin != Outside) {
+		return before, nil // what is degraded is mended from outside
 	}
-	if sv.in.Hooks != nil {
-		if err := sv.in.Hooks(to); err != nil {
-			err = fmt.Errorf("switch to %s: nothing has changed: %w", to, err)
-			sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
-			return before, err
-		}
+	generation := before.Generation
+	if from != to {
+		generation++
+	}
+	if err := sv.prepare(to, generation); err != nil {
+		err = fmt.Errorf("switch to %s: nothing has changed: %w", to, err)
+		sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
+		return before, err
 	}
 	sv.now.Store(sv.tables[to])
 	sv.mu.Lock()
-	sv.status.Generation++
-	sv.status.Phase, sv.status.Since, sv.whole = to, time.Now().UTC(), false
+	if from != to {
+		sv.status.Phase, sv.status.Since = to, time.Now().UTC()
+	}
+	sv.status.Generation, sv.whole = generation, false
 	for _, what := range []string{atBarrier, atLimits, atRatchet} {
 		delete(sv.broken, what)
 	}
@@ -226,6 +238,24 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 	}
 	sv.emit(e)
 	return st, nil
+}
+
+// prepare is all that can fail without a change.
+func (sv *Supervised) prepare(to string, generation uint64) error {
+	if sv.in.Keep != nil {
+		if err := sv.in.Keep(to, generation); err != nil {
+			return err
+		}
+	}
+	if sv.in.Hooks == nil {
+		return nil
+	}
+	err := sv.in.Hooks(to)
+	if err != nil && sv.in.Keep != nil {
+		is := sv.Status()
+		err = errors.Join(err, sv.in.Keep(is.Phase, is.Generation))
+	}
+	return err
 }
 
 // may says why a switch may not be.
@@ -282,12 +312,10 @@ func (sv *Supervised) limit(ctx context.Context) error {
 
 // enforce makes a phase that new calls are judged by hold for all.
 func (sv *Supervised) enforce(ctx context.Context, to string) error {
-	if sv.in.Barrier != nil {
-		if err := sv.fails(atBarrier, sv.in.Barrier.Barrier(ctx)); err != nil {
-			return err
-		}
-	}
 	var errs []error
+	if sv.in.Barrier != nil {
+		errs = append(errs, sv.fails(atBarrier, sv.in.Barrier.Barrier(ctx)))
+	}
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
 	}
@@ -321,6 +349,11 @@ func (sv *Supervised) Rejudge(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	sv.mu.Lock()
+	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+		delete(sv.broken, what)
+	}
+	sv.mu.Unlock()
 	return sv.enforce(ctx, sv.Status().Phase)
 }
 
@@ -342,6 +375,9 @@ func (sv *Supervised) serve(l Listener, starting bool) {
 		if err == nil || sv.ctx.Err() != nil && isOver(err) {
 			return
 		}
+		if g, ok := l.(interface{ GiveUp() }); ok {
+			g.GiveUp()
+		}
 		sv.Lose(err)
 	})
 }
@@ -353,7 +389,15 @@ func (sv *Supervised) stop() {
 	sv.denials.flush()
 }
 
+// endTime bounds the wait for a switch.
+const endTime = 10 * time.Second
+
 func (sv *Supervised) end() {
+	select { // a switch that has begun
+	case sv.turn <- struct{}{}:
+		defer func() { <-sv.turn }()
+	case <-time.After(endTime):
+	}
 	sv.stop()
 	sv.mu.Lock()
 	sv.status.State = Ended
@@ -378,7 +422,12 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		}
 		if name, _ := seccomp.Name(n.ABI, n.Number); goOn && (name == "execve" || name == "execveat") {
 			// An answer that comes too late, because of a signal, has the call made again.
-			n.Accepted = func() { c.starting = false }
+			n.Accepted = func() {
+				c.starting = false
+				if c.sv.in.Began != nil {
+					c.sv.began.Do(c.sv.in.Began)
+				}
+			}
 		}
 	}
 	if !goOn {

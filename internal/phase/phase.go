@@ -16,8 +16,8 @@ type Status struct {
 	Workload string `json:"workload,omitempty"` // what profiles belong to
 	Policy   string `json:"policy"`             // its name in the policy file
 	Phase    string `json:"phase"`              // in force
-	// Generation counts switches that were begun; the phase in which an instance starts
-	// has 1.
+	// Generation counts switches that were begun, those to the same phase aside; the phase
+	// in which an instance starts has 1.
 	Generation uint64    `json:"generation"`
 	Since      time.Time `json:"since"` // of the phase
 	State      State     `json:"state"`

@@ -214,7 +214,7 @@ func TestSwitch(t *testing.T) {
 	if _, err := f.Get("i"); !errors.Is(err, ErrUnknown) {
 		t.Errorf("after the end: %v", err)
 	}
-	if got := f.kinds(); !slices.Equal(got[:2], []string{"begun read_only", "denied"}) || got[len(got)-1] != "ended" {
+	if got := f.kinds(); got[0] != "begun read_only" || !slices.Contains(got, "denied") || got[len(got)-1] != "ended" {
 		t.Errorf("events: %v", got)
 	}
 }
@@ -310,7 +310,7 @@ func TestIncomplete(t *testing.T) {
 			}
 			tc.broken(f, nil)
 			st, err = f.to(t, tc.to, SetOptions{})
-			if err != nil || st.State != Holds || st.Generation != 3 || len(st.Uncovered) != 1 {
+			if err != nil || st.State != Holds || st.Generation != 2 || len(st.Uncovered) != 1 {
 				t.Errorf("again: %+v, %v", st, err)
 			}
 			if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "failed " + tc.to, "switched " + tc.to}) {
@@ -422,21 +422,22 @@ func TestDenialsAreAggregated(t *testing.T) {
 	for range 100 {
 		l.ask(t, "mkdir", false)
 	}
-	f.denials.flush()
+	st, err := f.Get("i")
+	if err != nil || st.Denied != 100 {
+		t.Errorf("status says %d, %v", st.Denied, err)
+	}
+	f.End("i")
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	total := uint64(0)
-	for _, e := range f.events[1:] {
+	for _, e := range f.events[1 : len(f.events)-1] {
 		if e.Kind != Denied || e.Call != "SCMP_ARCH_X86_64 mkdir" || e.From != "read_only" {
 			t.Errorf("%+v", e)
 		}
 		total += e.Count
 	}
-	if first := f.events[1]; total != 100 || first.Count != 1 || first.PID != 7 || len(f.events) > 20 {
+	if first := f.events[1]; total != 100 || first.PID != 7 || len(f.events) > 20 {
 		t.Errorf("%d denials in %d events, the first %+v", total, len(f.events), first)
-	}
-	if st, _ := f.Get("i"); st.Denied != 100 {
-		t.Errorf("status says %d", st.Denied)
 	}
 }
 

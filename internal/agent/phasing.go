@@ -160,6 +160,8 @@ type instancePhases struct {
 	Host    profiles.PhaseHost `json:"host"`
 	Newer   []string           `json:"newer"`
 	Runtime adjust.Runtime     `json:"runtime"`
+	// Filter is the digest of the filter as it was compiled, without a listener's path.
+	Filter string `json:"filter,omitempty"`
 
 	inside bool // the daemon serves sockets inside containers
 }
@@ -195,6 +197,7 @@ func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*inst
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
+	ip.Filter = seccompDigest(plan.Profile)
 	if plan.Listener {
 		plan.Profile.ListenerPath = socket
 	}

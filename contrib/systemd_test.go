@@ -272,8 +272,10 @@ func phases(t *testing.T, h *harness.Host) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{"/bin/sh", "-c",
-		"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done"}})
+	c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{
+		"/bin/sh", "-c",
+		"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done",
+	}})
 	if err == nil {
 		err = c.Start(ctx)
 	}

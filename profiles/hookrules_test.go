@@ -75,6 +75,22 @@ func TestHookOthers(t *testing.T) {
 	}
 }
 
+// Groups of opens for reading and for writing together are all opens.
+func TestHookGroups(t *testing.T) {
+	s := PhaseSet{Initial: "a", Phases: []Phase{
+		{Name: "a", Allow: ruled("@file-read")},
+		{Name: "b", Allow: ruled("@file-read", "@file-write")},
+	}}
+	p := mustCompile(t, &s, everyHost)
+	h := p.hook("lsm/file_open")
+	if h == nil || !slices.Equal(h.Calls, []string{"open", "openat", "creat"}) {
+		t.Fatalf("hook %+v", h)
+	}
+	if a, b := p.HookRules("a"), p.HookRules("b"); !a.OpenRead || a.OpenWrite || !b.OpenRead || !b.OpenWrite {
+		t.Errorf("%+v, %+v", a, b)
+	}
+}
+
 // A supervisor sees each execve, whatever hooks there are.
 func TestHookExec(t *testing.T) {
 	for _, host := range []PhaseHost{everyHost, {Notify: true, LSM: true}} {

@@ -175,7 +175,8 @@ func projectRegion(scalar map[string]uint, known func() region, name string, r r
 	if !has {
 		return anything, r.any()
 	}
-	if r.any() {
+	// Opens for reading and those for writing, from two groups, are all that there are.
+	if rest, err := anything.minus(r); err == nil && len(rest) == 0 {
 		return anything, true
 	}
 	if at, ok := argument(r); !ok || at != int(index) {

@@ -3,6 +3,7 @@
 package profiles
 
 import (
+	"errors"
 	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -35,12 +36,6 @@ var phaseConditional = []specs.LinuxSyscall{{
 	Args: []specs.LinuxSeccompArg{masked(0, cloneThread|cloneNamespaces, cloneThread)},
 }}
 
-// phaseAbsent are calls that don't exist (ENOSYS) unless they are allowed by name:
-// clone3 and openat2 have their flags in memory, where no filter sees them, and libc
-// falls back to those that haven't; a ring of io_uring opens and connects past any
-// filter.
-var phaseAbsent = []string{"clone3", "io_uring_setup", "openat2"}
-
 // PhaseFloor lists, sorted, the calls that every phase allows, clone for threads
 // among them.
 func PhaseFloor() []string {
@@ -51,16 +46,25 @@ func PhaseFloor() []string {
 	return sorted(out)
 }
 
-// AllowWithFloor is the profile that allows the named calls and the floor of phases
-// under x86_64. What is denied is EPERM.
-func AllowWithFloor(names []string) *specs.LinuxSeccomp {
-	p := Render(Calls{specs.ArchX86_64: sorted(slices.Concat(append(slices.Clone(phaseFloor), names)...))}, RenderOptions{
-		NewerThanKernel: without(slices.Clone(phaseAbsent), names),
-	})
-	for _, rule := range phaseConditional {
-		if rule = CloneRule(rule); len(without(rule.Names, names)) > 0 {
-			p.Syscalls = append(p.Syscalls, rule)
-		}
+// AllowOnly is the profile of one irreversible phase by itself: calls and groups by
+// name, as a phase's `allow` means them, and the floor. What is denied is answered as
+// in phases, EPERM or ENOSYS.
+func AllowOnly(allow []string, o PhaseOptions) (*specs.LinuxSeccomp, error) {
+	const before, only = "before", "only"
+	var rules []PhaseRule
+	if len(allow) > 0 {
+		rules = []PhaseRule{names(allow...)}
 	}
-	return p
+	plan, err := CompilePhases(&PhaseSet{Initial: before, Phases: []Phase{
+		{Name: before, Allow: rules},
+		{Name: only, Allow: rules, Irreversible: true},
+	}}, PhaseHost{Inject: true}, o)
+	var of *PhaseError
+	if errors.As(err, &of) {
+		return nil, of.Err
+	}
+	if err != nil {
+		return nil, err
+	}
+	return plan.Ratchets[only], nil
 }

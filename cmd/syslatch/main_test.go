@@ -76,6 +76,12 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 		"no command":         {[]string{"record", "-o", "x"}, "say which command to run: syslatch record -o FILE -- COMMAND"},
 		"empty command":      {[]string{"run", "-p", "x", "--", ""}, "say which command to run"},
 		"no profile":         {[]string{"run", "--", "true"}, "say which profile"},
+		"no process":         {[]string{"apply", "--allow", "read"}, "say which process: --pid PID"},
+		"nothing to apply":   {[]string{"apply", "--pid", "1"}, "say what stays allowed: --allow CALL,@GROUP... or --profile FILE"},
+		"apply both":         {[]string{"apply", "--pid", "1", "--allow", "read", "-p", "x"}, "say what stays allowed"},
+		"apply's timeout":    {[]string{"apply", "--pid", "1", "--allow", "read", "--timeout", "0s"}, "timeout 0s: want more than 0"},
+		"apply's format":     {[]string{"apply", "--pid", "1", "--allow", "read", "-o", "yaml"}, `output "yaml": want text or json`},
+		"apply's argument":   {[]string{"apply", "--pid", "1", "--allow", "read", "x"}, "unknown command \"x\""},
 		"output format":      {[]string{"version", "-o", "yaml"}, `output "yaml": want text or json`},
 		"doctor's format":    {[]string{"doctor", "-o", "yaml"}, `output "yaml": want text or json`},
 		"doctor's timeout":   {[]string{"doctor", "--timeout", "0s"}, "timeout 0s: want more than 0"},
@@ -91,7 +97,7 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 }
 
 func TestHelpHasExamples(t *testing.T) {
-	for _, args := range [][]string{{}, {"record"}, {"run"}, {"profile"}, {"profile", "list"}, {"profile", "show"}, {"profile", "path"}, {"profile", "activate"}, {"hook"}, {"hook", "install"}, {"hook", "uninstall"}, {"hook", "status"}, {"doctor"}, {"version"}, {"phase"}, {"phase", "list"}, {"phase", "get"}, {"phase", "set"}, {"phase", "watch"}} {
+	for _, args := range [][]string{{}, {"record"}, {"run"}, {"apply"}, {"profile"}, {"profile", "list"}, {"profile", "show"}, {"profile", "path"}, {"profile", "activate"}, {"hook"}, {"hook", "install"}, {"hook", "uninstall"}, {"hook", "status"}, {"doctor"}, {"version"}, {"phase"}, {"phase", "list"}, {"phase", "get"}, {"phase", "set"}, {"phase", "watch"}} {
 		r := syslatch(t, append(args, "--help")...)
 		if r.code != 0 || !strings.Contains(r.stdout, "Examples:") {
 			t.Errorf("%v --help: got exit %d, %q", args, r.code, r.stdout)

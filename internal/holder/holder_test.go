@@ -4,6 +4,7 @@ package holder
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -45,12 +46,23 @@ func starter(started **exec.Cmd) Start {
 // gone waits until a holder has ended by itself.
 func gone(t *testing.T, pid int) {
 	t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); unix.Kill(pid, 0) == nil; {
-		if time.Now().After(deadline) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	for deadline := time.Now().Add(time.Minute); ; {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(time.Until(deadline).Milliseconds()))
+		switch {
+		case n == 1:
+			return
+		case err != nil && !errors.Is(err, unix.EINTR), time.Now().After(deadline):
 			_ = unix.Kill(pid, unix.SIGKILL)
-			t.Fatal("the holder didn't end")
+			t.Fatalf("the holder didn't end: %v", err)
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 }
 
@@ -132,7 +144,7 @@ func TestKeep(t *testing.T) {
 	}
 	w.Close() // hangs up
 	for deadline := time.Now().Add(60 * time.Second); len(names(t, c)) > 0 && time.Now().Before(deadline); {
-		time.Sleep(20 * time.Millisecond)
+		<-time.After(20 * time.Millisecond)
 	}
 	if got := names(t, c); len(got) > 0 {
 		t.Errorf("held: %v", got)

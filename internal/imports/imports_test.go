@@ -66,6 +66,10 @@ var rules = map[string]rule{
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy", "./internal/store"},
 		why: "filters are compiled from profiles, whoever asks",
 	},
+	"./internal/inject": {
+		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy", "./internal/store", "./profiles"},
+		why: "a filter is put on processes, whatever it is made of",
+	},
 	"./internal/cgroup": {
 		not: []string{"./..."},
 		why: "a path, an id and a process are no domain of ours",

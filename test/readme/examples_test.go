@@ -3,6 +3,7 @@
 package readme
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,6 +71,37 @@ const node = "for d in /etc /usr/share /srv; do mkdir -p \"$SCRATCH$d\"/{upper,w
 
 const nodeStore = "mount -t tmpfs tmpfs /var/lib && mkdir -p /var/lib/syslatch && cp -a \"$STORE\" /var/lib/syslatch/profiles && "
 
+// waiting is a process that reads until the test ends.
+func waiting(t *testing.T) (pid int) {
+	t.Helper()
+	cmd := exec.Command("cat")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("what it was applied to: %v", err)
+		}
+	})
+	// It begins to read when it has loaded its libraries.
+	if _, err := in.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	return cmd.Process.Pid
+}
+
 func TestExamplesOfHelp(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
@@ -129,9 +161,15 @@ func TestExamplesOfHelp(t *testing.T) {
 	refused := regexp.MustCompile(`^syslatch (doctor|hook status|run .*mkdir|record .*--container )`)
 	for _, line := range all {
 		t.Run(line, func(t *testing.T) {
+			reader := waiting(t)
+			scratch, err := os.MkdirTemp("", "syslatch-help-") // t.TempDir has the name's commas
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(scratch)
 			cmd := exec.Command("bash", "-o", "pipefail", "-c", "mount -t bpf bpf /sys/fs/bpf && "+node+nodeStore+line)
 			cmd.Dir = dir
-			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SYSLATCH_SOCKET="+phases, "SCRATCH="+t.TempDir())
+			cmd.Env = append(os.Environ(), "PATH="+bin+":"+dir+":"+os.Getenv("PATH"), "STORE="+storeDir, "SYSLATCH_SOCKET="+phases, "SCRATCH="+scratch, fmt.Sprint("PID=", reader))
 			cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 			out, err := cmd.CombinedOutput()
 			if err != nil && !(refused.MatchString(line) && slices.Contains([]int{1, 125}, cmd.ProcessState.ExitCode())) {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/profiles"
 )
@@ -218,14 +219,13 @@ func (p *phasing) running(id string) error {
 	p.a.change(func() { in.Ran = true })
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	st, err := p.supervisor.Limit(ctx, id)
+	err := p.supervisor.Limit(ctx, id, func(st phase.Status) error {
+		return in.hooks.savePhase(in, phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()})
+	})
 	if errors.Is(err, cgroup.ErrGone) {
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	return in.hooks.savePhase(in, phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()})
+	return err
 }
 
 // journalOf is where an instance is kept.

@@ -313,15 +313,17 @@ func (p *phasing) begin(in *instance) error {
 	}
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	st, err := p.supervisor.Limit(ctx, in.Container.ID)
+	err := p.supervisor.Limit(ctx, in.Container.ID, func(st phase.Status) error {
+		now := phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()}
+		if now.Original == nil {
+			return nil // the phase has none
+		}
+		return p.a.journalOf(in).savePhase(in.Container.ID, now) // a hook that waits for this has the lock
+	})
 	if err != nil {
 		return fmt.Errorf("limits of phase %s: %w", in.Decision.Phase, err)
 	}
-	now := phaseNow{Phase: st.Phase, Generation: st.Generation, Original: in.limits.snapshot()}
-	if now.Original == nil {
-		return nil // the phase has none
-	}
-	return p.a.journalOf(in).savePhase(in.Container.ID, now)
+	return nil
 }
 
 // setLimits sets what limits a phase has, and reads them back.

@@ -261,7 +261,7 @@ func (sv *Supervised) fails(what string, err error) error {
 }
 
 // limit is [Supervisor.Limit] for this instance.
-func (sv *Supervised) limit(ctx context.Context) error {
+func (sv *Supervised) limit(ctx context.Context, keep func(Status) error) error {
 	if sv.in.Limits == nil {
 		return nil
 	}
@@ -275,9 +275,9 @@ func (sv *Supervised) limit(ctx context.Context) error {
 		return err
 	}
 	sv.mu.Lock()
-	defer sv.mu.Unlock()
 	delete(sv.broken, atLimits)
-	return nil
+	sv.mu.Unlock()
+	return keep(sv.Status())
 }
 
 // enforce makes a phase that new calls are judged by hold for all.

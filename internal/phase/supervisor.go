@@ -140,16 +140,13 @@ func (s *Supervisor) Set(ctx context.Context, id, to string, o SetOptions) (Stat
 }
 
 // Limit sets the limits of the phase in force, as a switch to it does: for an instance
-// that begins.
-func (s *Supervisor) Limit(ctx context.Context, id string) (Status, error) {
+// that begins. keep is told how it is then, before anything can be switched.
+func (s *Supervisor) Limit(ctx context.Context, id string, keep func(Status) error) error {
 	sv, err := s.find(id)
 	if err == nil {
-		err = sv.limit(ctx)
+		err = sv.limit(ctx, keep)
 	}
-	if err != nil {
-		return Status{}, err
-	}
-	return sv.Status(), nil
+	return err
 }
 
 // watched is how many events a watcher may lag behind.

@@ -329,25 +329,33 @@ func TestLimit(t *testing.T) {
 		set = append(set, name)
 		return failed
 	}
-	if _, err := f.Limit(t.Context(), "i"); !errors.Is(err, failed) {
+	var kept []Status
+	keep := func(st Status) error {
+		if len(f.turn) == 0 {
+			t.Error("kept while a switch may be begun")
+		}
+		kept = append(kept, st)
+		return nil
+	}
+	if err := f.Limit(t.Context(), "i", keep); !errors.Is(err, failed) || kept != nil {
 		t.Errorf("%v", err)
 	}
 	if st, _ := f.Get("i"); st.State != Degraded || !slices.Contains(st.Uncovered, atLimits+": out of order") {
 		t.Errorf("%+v", st)
 	}
 	failed = nil
-	st, err := f.Limit(t.Context(), "i")
-	if err != nil || st.State != Holds || st.Generation != 1 || !slices.Equal(set, []string{"read_only", "read_only"}) {
-		t.Errorf("%+v, %v; set %v", st, err, set)
+	err := f.Limit(t.Context(), "i", keep)
+	if err != nil || len(kept) != 1 || kept[0].State != Holds || kept[0].Generation != 1 || !slices.Equal(set, []string{"read_only", "read_only"}) {
+		t.Errorf("%+v, %v; set %v", kept, err, set)
 	}
 	f.turn <- struct{}{} // a switch is unfinished
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := f.Limit(ctx, "i"); !errors.Is(err, context.Canceled) {
+	if err := f.Limit(ctx, "i", keep); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
 	<-f.turn
-	if _, err := f.Limit(t.Context(), "j"); !errors.Is(err, ErrUnknown) {
+	if err := f.Limit(t.Context(), "j", keep); !errors.Is(err, ErrUnknown) {
 		t.Errorf("%v", err)
 	}
 	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only"}) {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/profiles"
 )
@@ -166,6 +167,9 @@ func (p *phasing) adopt(id string) error {
 	case in == nil || in.Phases == nil || in.CgroupID == 0 || in.Container.PID <= 0:
 		return fmt.Errorf("container %s: the hooks' journal has no created instance with phases (has syslatchd the same stateDir as the hook?)", id)
 	}
+	if err := sameFilter(in); err != nil {
+		return err
+	}
 	p.adopting.Lock()
 	defer p.adopting.Unlock()
 	if old := p.hookedInstance(id); old != nil {
@@ -195,6 +199,17 @@ func (p *phasing) adopt(id string) error {
 	return nil
 }
 
+// sameFilter says whether this process compiles an instance's phases as its hook did:
+// after an upgrade the hook may be newer than the daemon, and the tables of the one are
+// not for the filter of the other.
+func sameFilter(in *instance) error {
+	_, plan, err := phasesOf(&in.Decision, in.Phases)
+	if err == nil && seccompDigest(plan.Profile) != in.Phases.Filter {
+		err = errors.New("syslatch-hook is of another version, which makes another filter of the same phases (systemctl restart syslatchd)")
+	}
+	return err
+}
+
 // running sets the limits that wait for the container's program to run.
 func (p *phasing) running(id string) error {
 	p.adopting.Lock()
@@ -206,7 +221,7 @@ func (p *phasing) running(id string) error {
 	p.a.change(func() { in.Ran = true })
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	if _, err := p.supervisor.Limit(ctx, id); err != nil && !errors.Is(err, cgroup.ErrGone) {
+	if err := p.supervisor.Limit(ctx, id); err != nil && !errors.Is(err, cgroup.ErrGone) {
 		return err
 	}
 	return nil

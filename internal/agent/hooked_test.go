@@ -17,6 +17,7 @@ import (
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
 )
 
 const forPhases = `
@@ -168,6 +169,40 @@ func TestHookOfAnotherVersion(t *testing.T) {
 	cancel()
 	if _, err := (&supervisor{socket}).ask(ctx, "x", specs.StateCreating); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestHookMakesTheSameFilter: as the daemon, whose tables are for that one.
+func TestHookMakesTheSameFilter(t *testing.T) {
+	w := newPhasedWorld(t)
+	d, err := w.policy.Decide(policy.Container{ID: "x", Image: "i"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ip, _, err := compilePhases(&d, &instancePhases{Host: profiles.PhaseHost{Notify: true}}, "/socket")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := json.Marshal(&instance{Decision: d, Phases: ip})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct{ from, to, says string }{
+		{"", "", ""},
+		{`"sha256:`, `"sha256:0`, "syslatch-hook is of another version"},
+		{`"notify":true`, `"notify":false`, "syslatch-hook is of another version"},
+	} {
+		changed := strings.Replace(string(data), tc.from, tc.to, 1)
+		if tc.from != "" && changed == string(data) {
+			t.Errorf("no %s in %s", tc.from, data)
+		}
+		in := &instance{}
+		if err := json.Unmarshal([]byte(changed), in); err != nil {
+			t.Fatal(err)
+		}
+		if err := sameFilter(in); tc.says == "" && err != nil || tc.says != "" && (err == nil || !strings.Contains(err.Error(), tc.says)) {
+			t.Errorf("%s: %v, want %q", tc.to, err, tc.says)
+		}
 	}
 }
 

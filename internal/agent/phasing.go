@@ -175,6 +175,8 @@ type instancePhases struct {
 	Host    profiles.PhaseHost `json:"host"`
 	Newer   []string           `json:"newer"`
 	Runtime adjust.Runtime     `json:"runtime"`
+	// Filter is the digest of the filter as it was compiled, without a listener's path.
+	Filter string `json:"filter,omitempty"`
 
 	inside bool // the daemon serves sockets inside containers
 }
@@ -210,6 +212,7 @@ func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*inst
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
+	ip.Filter = seccompDigest(plan.Profile)
 	if plan.Listener {
 		plan.Profile.ListenerPath = socket
 	}
@@ -317,6 +320,18 @@ func (p *phasing) attached(in *instance, pid int) error {
 	if p == nil || in.Phases == nil {
 		return nil
 	}
+	// One that is starting can't have moved.
+	if id, err := p.kernel.CgroupOf(pid); err == nil && id != in.CgroupID {
+		return fmt.Errorf("phases: process %d is in another cgroup (%d) than the container's (%d)", pid, id, in.CgroupID)
+	} else if err != nil && !errors.Is(err, cgroup.ErrNoV2) {
+		return fmt.Errorf("phases: %w", err)
+	}
+	return p.found(in, pid)
+}
+
+// found is attached for a container that has run for a while: its init may have moved,
+// or ended.
+func (p *phasing) found(in *instance, pid int) error {
 	f, err := p.freezer(in, pid)
 	if err != nil {
 		return fmt.Errorf("phases: %w", err)
@@ -346,7 +361,7 @@ func (p *phasing) begin(in *instance) error {
 	}
 	ctx, cancel := context.WithTimeout(p.a.stopped, handOver)
 	defer cancel()
-	if _, err := p.supervisor.Limit(ctx, in.Container.ID); err != nil {
+	if err := p.supervisor.Limit(ctx, in.Container.ID); err != nil {
 		return fmt.Errorf("limits of phase %s: %w", in.Decision.Phase, err)
 	}
 	return nil
@@ -465,7 +480,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		return
 	}
 	if in.CgroupID != 0 || in.Container.PID > 0 {
-		if err := a.phases.attached(in, in.Container.PID); err != nil {
+		if err := a.phases.found(in, in.Container.PID); err != nil {
 			log.WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
 		}
 	}

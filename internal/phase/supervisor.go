@@ -141,15 +141,12 @@ func (s *Supervisor) Set(ctx context.Context, id, to string, o SetOptions) (Stat
 
 // Limit sets the limits of the phase in force, as a switch to it does: for an instance
 // that begins.
-func (s *Supervisor) Limit(ctx context.Context, id string) (Status, error) {
+func (s *Supervisor) Limit(ctx context.Context, id string) error {
 	sv, err := s.find(id)
 	if err == nil {
 		err = sv.limit(ctx)
 	}
-	if err != nil {
-		return Status{}, err
-	}
-	return sv.Status(), nil
+	return err
 }
 
 // watched is how many events a watcher may lag behind.

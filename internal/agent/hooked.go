@@ -20,7 +20,6 @@ import (
 
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
-	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/profiles"
 )

@@ -120,7 +120,7 @@ func (r Refusal) String() string {
 	return who + ": " + r.Why
 }
 
-// RefusedError: nothing was loaded, because it would end a process at once, or be of
+// RefusedError is a refusal: nothing was loaded, because it would end a process at once, or be of
 // no use. Options.Force does it nevertheless.
 type RefusedError struct{ Refusals []Refusal }
 
@@ -169,7 +169,7 @@ func (e *TaskError) Error() string {
 // Unwrap gives the reason.
 func (e *TaskError) Unwrap() error { return e.Err }
 
-// TracedError: another process traces it, and there can be one only.
+// TracedError says that another process traces it, and there can be one only.
 type TracedError struct {
 	Tracer  int
 	Command string
@@ -179,7 +179,7 @@ func (e *TracedError) Error() string {
 	return fmt.Sprintf("is being traced by pid %d (%s): a process has one tracer", e.Tracer, e.Command)
 }
 
-// StopError: a task didn't stop in time. It is as it was.
+// StopError says that a task didn't stop in time. It is as it was.
 type StopError struct {
 	State string // of /proc/PID/status
 	Hint  string
@@ -190,7 +190,7 @@ func (e *StopError) Error() string {
 	return fmt.Sprintf("did not stop in %v (state %s)%s", e.After.Round(time.Millisecond), e.State, e.Hint)
 }
 
-// IncompleteError: the processes of Report have the filter, which can't be taken
+// IncompleteError says that the processes of Report have the filter, which can't be taken
 // back; others don't.
 type IncompleteError struct {
 	Report *Report

@@ -93,7 +93,7 @@ testbin: deps build
 .PHONY: vm
 vm: testbin ## The same tests in the guest, on Debian's kernels 6.12 and 6.1 with cgroup v2
 	$(call install,$(VM_PACKAGES))
-	export VM_TIMEOUT=4500; status=0; \
+	export VM_TIMEOUT=4800; status=0; \
 	test/vm/run 6.1 -- test/vm/job $(TESTBIN) >bin/vm-6.1.log 2>&1 & other=$$!; \
 	test/vm/run 6.12 -- test/vm/job $(TESTBIN) || status=$$?; \
 	wait $$other || status=$$?; cat bin/vm-6.1.log; exit $$status

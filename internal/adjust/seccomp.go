@@ -85,8 +85,8 @@ func (b *builder) seccomp() error {
 	return b.inject(profile, nil)
 }
 
-// phases injects the filter of phases. What it asks a supervisor about can't be met
-// with a profile of the container's own: the first answer of two filters would win.
+// phases injects the filter of phases. A spec has one profile, and what this one asks a
+// supervisor about can't be united with the rules of the container's own.
 func (b *builder) phases(keep bool) error {
 	switch {
 	case b.Phases == nil:

@@ -149,9 +149,9 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}
 	defer supervisor.End(instance.ID)
 	if opts.Serve != nil {
-		server, err := opts.Serve(supervisor)
-		if err != nil {
-			return 0, err
+		server, serveErr := opts.Serve(supervisor)
+		if serveErr != nil {
+			return 0, serveErr
 		}
 		defer func() { err = errors.Join(err, server.Close()) }()
 	}
@@ -258,7 +258,7 @@ type events struct {
 	failed error    // guarded by mu: the first
 }
 
-// openEvents appends to a file that is there.
+// openEvents makes a file, or appends to one that is there.
 func openEvents(path string) (*events, error) {
 	if path == "" {
 		return &events{}, nil

@@ -26,7 +26,7 @@ import (
 
 // phasing is the agent's part in phases: it makes instances for the supervisor out
 // of policies and containers, and hands listeners over. It is there only if the
-// policy file has phases.
+// policy file has phases, or an instance of an earlier process has.
 type phasing struct {
 	a          *Agent
 	supervisor *phase.Supervisor

@@ -66,6 +66,14 @@ var rules = map[string]rule{
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy", "./internal/store"},
 		why: "filters are compiled from profiles, whoever asks",
 	},
+	"./internal/phase": {
+		not: []string{"./bpf", "./plugin", "./hook", "./internal/adjust", "./internal/agent", "./internal/api", "./internal/cgroup", "./internal/policy", "./internal/store"},
+		why: "the supervisor switches; what enforces a phase is handed to it",
+	},
+	"./internal/holder": {
+		not: []string{"./..."},
+		why: "a descriptor with a name is no domain of ours",
+	},
 	"./internal/inject": {
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/policy", "./internal/store", "./profiles"},
 		why: "a filter is put on processes, whatever it is made of",

@@ -100,7 +100,7 @@ type Process struct {
 	// Present: it had this very filter already, and wasn't given it again.
 	Present bool `json:"present"`
 	// AddsNothing: the filters that it had deny all that this one does. False also
-	// where they can't be read, which takes CAP_SYS_ADMIN.
+	// where they can't be read, which takes CAP_SYS_ADMIN, and with Force.
 	AddsNothing bool `json:"addsNothing"`
 }
 
@@ -263,6 +263,7 @@ type campaign struct {
 	// covered are processes that have the filter, with the filters that each of their
 	// threads has at least.
 	covered map[identity]int
+	chains  []chain
 	loaded  bool  // in any process
 	left    []int // tasks that the end of a tracer's thread lets go
 	tracers []int

@@ -802,9 +802,7 @@ func (t *tracer) examine(p *process, k *task) (err error) {
 			return nil
 		}
 	}
-	p.present = slices.ContainsFunc(p.chain, func(f seccomp.Filter) bool { return slices.Equal(f, t.filter) })
-	_, adds, err := t.filter.Adds(p.chain)
-	p.nothing = err == nil && !adds
+	p.present, p.nothing = t.compare(p.chain)
 	for _, other := range p.tasks {
 		if other.dead || other == k {
 			continue
@@ -815,6 +813,30 @@ func (t *tracer) examine(p *process, k *task) (err error) {
 		}
 	}
 	return nil
+}
+
+// chain is what is known of filters that a process may have.
+type chain struct {
+	filters          []seccomp.Filter
+	present, nothing bool
+}
+
+// compare says of a chain of filters whether the filter is among them, and whether it
+// adds nothing to them. Tasks stand meanwhile, and most processes have the same chain.
+func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
+	same := func(a, b seccomp.Filter) bool { return slices.Equal(a, b) }
+	for _, known := range c.chains {
+		if slices.EqualFunc(known.filters, filters, same) {
+			return known.present, known.nothing
+		}
+	}
+	present = slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return same(f, c.filter) })
+	if !c.opts.Force || c.opts.DryRun {
+		_, adds, err := c.filter.Adds(filters)
+		nothing = err == nil && !adds
+	}
+	c.chains = append(c.chains, chain{filters, present, nothing})
+	return present, nothing
 }
 
 func (t *tracer) ownFilters() int {

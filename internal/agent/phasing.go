@@ -236,7 +236,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if err != nil {
 		return nil, err
 	}
-	in.limits.restore(now.Original)
+	in.limits.begin(now.Original)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
@@ -252,7 +252,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
 			}
 		},
-		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
+		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
 		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
 	})
 }
@@ -368,7 +368,11 @@ func (p *phasing) begin(in *instance) error {
 }
 
 // setLimits sets what limits a phase has, and reads them back.
-func (p *phasing) setLimits(in *instance, name string) error {
+func (p *phasing) setLimits(ctx context.Context, in *instance, name string) error {
+	return in.limits.within(ctx, p.a, func() error { return p.setLimitsNow(ctx, in, name) })
+}
+
+func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) error {
 	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
 	want, err := adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
 	if err != nil {
@@ -389,7 +393,7 @@ func (p *phasing) setLimits(in *instance, name string) error {
 	case id != in.CgroupID:
 		return fmt.Errorf("process %d is not in the container's cgroup any more", pid)
 	}
-	return in.limits.set(p.kernel, pid, want, func(original []limitValue) error {
+	return in.limits.set(ctx, p.kernel, pid, want, func(original []limitValue) error {
 		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
 	})
 }

@@ -472,6 +472,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
+	now.Generation = max(now.Generation, 1) // it goes on
 	sv, err := a.phases.supervise(in, now)
 	if err != nil || unknown != nil {
 		// Served, it might do more than it may.

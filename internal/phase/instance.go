@@ -40,8 +40,8 @@ type Instance struct {
 	Set     *profiles.PhaseSet
 	Plan    *profiles.PhasePlan
 	Initial string // phase to begin in; empty is Set's
-	// Generation of that, 0 for 1: an instance that an earlier process supervised goes
-	// on.
+	// Generation of that, for an instance that an earlier process supervised; 0 for one
+	// that begins, with 1.
 	Generation uint64
 
 	Barrier Barrier
@@ -104,7 +104,7 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 	return sv, nil
 }
 
-// begin is the first phase, of which no task is yet.
+// begin is the first phase, of which no task is yet, or the one to go on with.
 func (sv *Supervised) begin() error {
 	to := sv.in.Initial
 	if sv.in.Hooks != nil {
@@ -120,7 +120,11 @@ func (sv *Supervised) begin() error {
 	}
 	sv.whole = true
 	sv.mu.Unlock()
-	sv.emit(Event{Kind: Begun, To: to})
+	kind := Begun
+	if sv.in.Generation != 0 {
+		kind = Resumed
+	}
+	sv.emit(Event{Kind: kind, To: to})
 	return nil
 }
 

@@ -33,6 +33,7 @@ type phasing struct {
 	kernel     kernelHost
 	host       profiles.PhaseHost
 	newer      []string
+	plans      plans
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
@@ -181,17 +182,6 @@ type instancePhases struct {
 	inside bool // the daemon serves sockets inside containers
 }
 
-// phasesOf are a decision's phases and what they compile to.
-func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *profiles.PhasePlan, error) {
-	p := policy.Policy{MustAllow: d.MustAllow, MustDeny: d.MustDeny, Phases: d.Phases}
-	set := p.Set()
-	plan, err := profiles.CompilePhases(set, ip.Host, profiles.PhaseOptions{Architectures: d.Architectures, NewerThanKernel: ip.Newer})
-	if err != nil {
-		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
-	}
-	return set, plan, nil
-}
-
 // compiler makes the filter of a decision's phases, or says what can't be enforced, for
 // who supervises them.
 type compiler interface {
@@ -199,24 +189,22 @@ type compiler interface {
 }
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	return compilePhases(d, &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}, p.socket)
-}
-
-// compilePhases: socket is where runtimes send listeners.
-func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
-	_, plan, err := phasesOf(d, ip)
+	ip := &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}
+	is, err := p.plans.of(d, ip)
 	if err != nil {
 		return nil, nil, err
 	}
-	gaps := append(plan.Gaps, limitGapsOf(d, ip.Runtime)...)
+	return filterOf(d, ip, is, p.socket)
+}
+
+// filterOf: socket is where runtimes send listeners.
+func filterOf(d *policy.Decision, ip *instancePhases, is *compiled, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	gaps := slices.Concat(is.plan.Gaps, limitGapsOf(d, ip.Runtime))
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
-	ip.Filter = seccompDigest(plan.Profile)
-	if plan.Listener {
-		plan.Profile.ListenerPath = socket
-	}
-	return ip, plan, nil
+	ip.Filter = seccompDigest(is.plan.Profile)
+	return ip, is.filter(socket), nil
 }
 
 // limitGapsOf are the phases whose limits can't be set.
@@ -232,7 +220,7 @@ func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.Ph
 
 // supervise adds an instance to the supervisor, where an earlier process left it.
 func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
-	set, plan, err := phasesOf(&in.Decision, in.Phases)
+	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
 	}
@@ -242,7 +230,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
-		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
+		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
 		Barrier: &in.barrier,
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
@@ -253,7 +241,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 			}
 		},
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
-		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
+		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
 }
 

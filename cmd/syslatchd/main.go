@@ -120,7 +120,7 @@ const holderCommand = "internal-holder"
 func newHolderCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: holderCommand + " STATEDIR", Hidden: true, Args: cobra.ExactArgs(1),
-		RunE: func(*cobra.Command, []string) error { return holder.Serve() },
+		RunE: func(c *cobra.Command, _ []string) error { return holder.Serve(c.Context()) },
 	}
 }
 

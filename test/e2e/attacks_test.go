@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -164,6 +165,9 @@ func attackLines(t *testing.T, text string) map[string]map[string]string {
 // one without, where the same attacks succeed.
 func TestAttacks(t *testing.T) {
 	e := newEnv(t, harness.Options{})
+	ctx, cancel := context.WithTimeout(context.Background(), 3*testTimeout) // a guest takes minutes
+	t.Cleanup(cancel)
+	e.ctx = ctx
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

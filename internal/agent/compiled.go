@@ -46,7 +46,7 @@ func (in *phasesInput) compile() (*compiled, error) {
 // some seconds to answer for each.
 type plans struct {
 	mu   sync.Mutex
-	made map[string]*compiled // guarded by mu; by all that it is made of
+	made map[string]func() (*compiled, error) // guarded by mu; by all that it is made of
 }
 
 // mostPlans is how many are kept. Instances of the journal may have others than the
@@ -61,21 +61,16 @@ func (c *plans) of(d *policy.Decision, ip *instancePhases) (*compiled, error) {
 	}
 	key := profiles.Digest(data)
 	c.mu.Lock()
-	is := c.made[key]
+	once := c.made[key]
+	if once == nil {
+		if c.made == nil || len(c.made) >= mostPlans {
+			c.made = map[string]func() (*compiled, error){}
+		}
+		once = sync.OnceValues(in.compile) // who comes meanwhile waits for it
+		c.made[key] = once
+	}
 	c.mu.Unlock()
-	if is != nil {
-		return is, nil
-	}
-	if is, err = in.compile(); err != nil {
-		return nil, err
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.made == nil || len(c.made) >= mostPlans {
-		c.made = map[string]*compiled{}
-	}
-	c.made[key] = is
-	return is, nil
+	return once()
 }
 
 // checks keeps the profiles that a check has passed: libseccomp takes milliseconds.

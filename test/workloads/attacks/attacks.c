@@ -11,6 +11,7 @@
  *					another container too
  *	attacks peer PHASE...		ask the sockets of containers that share this
  *					pid namespace
+ *	attacks ask PHASE		ask the own socket, as whoever may
  *	attacks api SOCKET ID		ask the daemon's socket as another user, and
  *					as root of an own user namespace
  *
@@ -917,6 +918,9 @@ int main(int argc, char **argv)
 		run(argv[2], atoi(argv[3]), argv + 4);
 	else if (argc == 3 && !strcmp(argv[1], "forge"))
 		forge(argv[2]);
+	else if (argc == 3 && !strcmp(argv[1], "ask"))
+		put("ask", OWN_SOCKET, "PUT /v1/phase", "Host: x\r\n",
+		    with("{\"phase\":\"%s\"}", argv[2]));
 	else if (argc > 2 && !strcmp(argv[1], "peer"))
 		peer(argv + 2);
 	else if (argc == 4 && !strcmp(argv[1], "api"))

@@ -502,6 +502,53 @@ func TestPhases(t *testing.T) {
 	}
 }
 
+// TestStart: until the execve of a task that has loaded its filter, calls count apart,
+// whatever the phase is by then.
+func TestStart(t *testing.T) {
+	r, cg := open(t, pinDir(t), bpf.Options{}), newCgroup(t)
+	opts := filterGate(t)
+	opts.Phase, opts.Start = 2, new(uint8(5))
+	h := track(t, r, cg, opts)
+	starting := func(want bool) {
+		t.Helper()
+		all, err := r.Instances()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(all) != 1 || all[0].Starting != want {
+			t.Errorf("%+v, want starting %v", all, want)
+		}
+	}
+	// It is executed in the cgroup, too, and has no filter of its own then.
+	start(t, &cg, "caller", script{Calls: steps(call(sysGetgid), exit)}).wait()
+	starting(true)
+	if err := r.SetPhase(h, 3); err != nil {
+		t.Fatal(err)
+	}
+	starting(true)
+	start(t, &cg, "caller", script{Inherit: 1, Calls: steps(call(sysGetppid), exit)}).wait()
+	starting(false)
+	s := finish(t, r, h)
+	has := map[uint8]map[uint16]bool{}
+	for _, c := range s.Calls {
+		has[c.Phase] = map[uint16]bool{}
+		for _, n := range c.Numbers {
+			has[c.Phase][n] = true
+		}
+	}
+	const execve = 59
+	if len(has) != 2 || !has[5][execve] || has[5][sysGetppid] || !has[3][sysGetppid] || has[3][execve] {
+		t.Errorf("calls: %+v", s.Calls)
+	}
+	if s.Phase != 3 {
+		t.Errorf("phase %d, want 3", s.Phase)
+	}
+	opts.Start = new(uint8(bpf.Phases))
+	if _, err := r.Track(newCgroup(t).id, opts); err == nil {
+		t.Error("a start in phase 8 was taken")
+	}
+}
+
 func TestArguments(t *testing.T) {
 	r, cg := open(t, pinDir(t), bpf.Options{}), newCgroup(t)
 	h := track(t, r, cg, filterGate(t))

@@ -178,6 +178,9 @@ type instancePhases struct {
 	// Filter is the digest of the filter as it was compiled, without a listener's path.
 	Filter string `json:"filter,omitempty"`
 
+	// Record: the container is recorded, and its phases are marks.
+	Record bool `json:"record,omitempty"`
+
 	inside bool // the daemon serves sockets inside containers
 }
 
@@ -204,6 +207,9 @@ func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decis
 
 // compilePhases: socket is where runtimes send listeners.
 func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	if d.Mode == policy.ModeRecord {
+		return compileMarks(d, ip)
+	}
 	_, plan, err := phasesOf(d, ip)
 	if err != nil {
 		return nil, nil, err
@@ -232,6 +238,9 @@ func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.Ph
 
 // supervise adds an instance to the supervisor, where an earlier process left it.
 func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
+	if in.marked() {
+		return p.superviseMarks(in, now)
+	}
 	set, plan, err := phasesOf(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
@@ -461,6 +470,10 @@ func (p *phasing) take(conn *net.UnixConn) error {
 // and of which the holder kept listeners.
 func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if in.Phases == nil || a.hasEnded(in) || a.phases == nil {
+		return
+	}
+	if in.marked() {
+		a.pickUpMarks(in)
 		return
 	}
 	log := a.instanceLog(in)

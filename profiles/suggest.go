@@ -3,6 +3,7 @@
 package profiles
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -11,6 +12,9 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
+
+// ErrNoInitial: the recordings don't agree in which phase they began, or don't tell.
+var ErrNoInitial = errors.New("no initial phase")
 
 // SuggestOptions of [SuggestPhases].
 type SuggestOptions struct {
@@ -69,7 +73,8 @@ func (s *Suggestion) Set() *PhaseSet {
 //
 // Recordings that were not made by phase are left out, and so are those that may lack
 // calls, unless AllowLosses. That none is left is an error: of the first recording that
-// was left out for its losses, a *[LossyError].
+// was left out for its losses, a *[LossyError]. Without an initial phase the error
+// wraps [ErrNoInitial].
 func SuggestPhases(recordings []*Recording, o SuggestOptions) (*Suggestion, error) {
 	s := &Suggestion{Initial: o.Initial, Notes: []string{}, Recordings: []SuggestedRecording{}}
 	b := suggesting{Suggestion: s, phases: map[string]evidence{}, start: evidence{}, notes: map[string][]string{}}
@@ -261,9 +266,9 @@ func (b *suggesting) begins(began map[string]bool) error {
 	case len(began) == 1 && began[0] != "":
 		b.Initial = began[0]
 	case slices.Contains(began, ""):
-		return fmt.Errorf("the recordings don't tell in which phase they began: say which is to be the initial one of %s", strings.Join(names, ", "))
+		return fmt.Errorf("%w: the recordings don't tell in which of %s they began", ErrNoInitial, strings.Join(names, ", "))
 	default:
-		return fmt.Errorf("the recordings began in %s: say which is to be the initial one", strings.Join(began, " and in "))
+		return fmt.Errorf("%w: the recordings began in %s", ErrNoInitial, strings.Join(began, " and in "))
 	}
 	return nil
 }

@@ -154,7 +154,7 @@ func TestSuggestRefuses(t *testing.T) {
 		"began apart":  {[]*Recording{good, backwards}, SuggestOptions{}, "began in a and in b"},
 		"chosen":       {[]*Recording{good, backwards}, SuggestOptions{Initial: "b"}, ""},
 		"no such":      {[]*Recording{good}, SuggestOptions{Initial: "c"}, `nothing was recorded in phase "c": want one of a, b`},
-		"blind":        {[]*Recording{blind}, SuggestOptions{}, "don't tell in which phase they began"},
+		"blind":        {[]*Recording{blind}, SuggestOptions{}, "don't tell in which of a, b they began"},
 		"blind chosen": {[]*Recording{blind}, SuggestOptions{Initial: "a"}, ""},
 		"many phases":  {[]*Recording{many}, SuggestOptions{Initial: "p0"}, "9 phases, want 1 to 8"},
 		"bad name":     {[]*Recording{trained("1", "a b", "mkdir")}, SuggestOptions{}, "no name of a phase"},

@@ -66,7 +66,7 @@ func (s *Suggestion) Set() *PhaseSet {
 // SuggestPhases unites what recordings of a workload show, phase by phase. Each phase
 // allows exactly the calls that were made in it, with these exceptions: the floor is in
 // every phase and isn't repeated; where the recordings tell, opens allow no more than
-// reading if nothing else was done, clone no more than processes in no new namespace,
+// reading if nothing else was done, processes are made in no new namespace,
 // and socket, ioctl and prctl the values that were seen; the program's start is a part
 // of no phase, unless runtimes that were measured don't call it there. What the flags
 // of a call in memory were isn't known: Notes says what became of those.
@@ -328,21 +328,20 @@ func (b *suggesting) allow(e evidence, exact bool) []PhaseRule {
 		reads = reads && (e[name] == nil || e[name].all(func(v uint64) bool { return v == 0 }))
 	}
 	all := slices.Sorted(maps.Keys(e))
-	if e["clone3"] != nil && e["clone"] == nil {
-		all = sorted(append(all, "clone"))
-	}
-	opened := false
+	opened, forked := false, false
 	for _, name := range all {
 		switch {
 		case inPhaseFloor(name):
 		case multiplexers[name] != nil:
 			b.note(noteShared, name)
-		case name == "clone3":
-			b.note(noteClone3, name)
-		case name == "clone":
-			if form, some := processes(e); some {
-				rules = append(rules, form)
+		case slices.Contains(makesProcesses, name):
+			if name == "clone3" {
+				b.note(noteClone3, name)
 			}
+			if !forked {
+				rules = append(rules, processes(e)...)
+			}
+			forked = true
 		case openArgument[name] != 0 && reads:
 			if !opened { // one libc opens with the one, another with the other
 				for _, n := range slices.Sorted(maps.Keys(openArgument)) {
@@ -364,19 +363,26 @@ func (b *suggesting) allow(e evidence, exact bool) []PhaseRule {
 			rules = append(rules, names(name))
 		}
 	}
+	slices.SortStableFunc(rules, func(a, b PhaseRule) int { return strings.Compare(a.Names[0], b.Names[0]) })
 	return rules
 }
 
-// processes is how a phase has to allow clone; threads are in the floor.
-func processes(e evidence) (rule PhaseRule, some bool) {
+// makesProcesses are calls of which a libc, or a shell, takes the one or the other.
+var makesProcesses = []string{"clone", "clone3", "fork", "vfork"}
+
+// processes is how a phase has to allow them. Threads are in the floor; fork is clone as
+// well, in no new namespace.
+func processes(e evidence) (rules []PhaseRule) {
 	v := e["clone"]
-	switch {
-	case v == nil: // clone3
-		return forks, true
-	case v.all(func(flags uint64) bool { return flags&(cloneThread|cloneNamespaces) == cloneThread }) && e["clone3"] == nil:
-		return PhaseRule{}, false
-	case v.all(func(flags uint64) bool { return flags&cloneNamespaces == 0 }):
-		return forks, true
+	if v == nil {
+		v = &values{}
 	}
-	return names("clone"), true
+	threads := v.all(func(flags uint64) bool { return flags&(cloneThread|cloneNamespaces) == cloneThread })
+	if !v.all(func(flags uint64) bool { return flags&cloneNamespaces == 0 }) {
+		rules = append(rules, names("clone"))
+	}
+	if !threads || e["clone3"] != nil || e["fork"] != nil || e["vfork"] != nil {
+		rules = append(rules, names("fork"), names("vfork"))
+	}
+	return rules
 }

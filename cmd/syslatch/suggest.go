@@ -49,8 +49,8 @@ JSON output has the schema ` + suggestSchema + `; fields may be added to it.
 
 Exit status: 0 there are phases; 1 no recording is good for any, or it can't be read;
 2 the command line is wrong.`,
-		Example: `  syslatch profile suggest docker.io/library/node/agent >phases.yaml
-  syslatch profile suggest --from run1.rec --from run2.rec --initial read_only
+		Example: `  syslatch profile suggest docker.io/library/node/agent >suggested.yaml
+  syslatch profile suggest --from app.rec --initial read
   syslatch profile suggest docker.io/library/node/agent -o json | jq '.phases[] | .name'`,
 		Args: cli.Args(func(_ *cobra.Command, args []string) error {
 			switch {

@@ -556,13 +556,13 @@ func TestArguments(t *testing.T) {
 	calls := steps(filter,
 		call(41, 16, 3|0x80000, 0), call(41, 1, 1|0x800, 99), // socket
 		call(257, bad, 0, 0x80000|0x8000), call(257, bad, 0, 0x80000|1|0x40|0x200), // openat
-		call(16, bad, 0xffffffff80045430),                    // ioctl, as musl extends it
-		call(272, 1<<35|4),                                   // unshare: a long that no word holds
-		call(157, 0x5001),                                    // prctl
-		call32(221, 0xffffffff, 9),                           // fcntl64 of i386
-		call32(102, 77, 0),                                   // socketcall
-		call32(117, 1<<16|88),                                // ipc, version 1
-		call(0x40000000|514, bad, 0x1234),                    // ioctl of x32
+		call(16, bad, 0xffffffff80045430),                                     // ioctl, as musl extends it
+		call(272, 1<<35|4),                                                    // unshare: a long that no word holds
+		call(157, 0x5001),                                                     // prctl
+		call32(221, 0xffffffff, 9),                                            // fcntl64 of i386
+		call32(102, 77, 0),                                                    // socketcall
+		call32(117, 1<<16|88),                                                 // ipc, version 1
+		call(0x40000000|514, bad, 0x1234),                                     // ioctl of x32
 		call(9, 0, 0, 5, 0x4022), call(9, 0, 0, 1, 2), call(9, 0, 0, 5, 0x22), // mmap of nothing
 		call(54, bad, 1, 2), // setsockopt
 	)

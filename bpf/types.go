@@ -122,7 +122,7 @@ type Instance struct {
 	Gate        Gate
 	BaseFilters int
 	Phase       uint8
-	Starting    bool // the first execve has not been seen, and calls count for Start
+	Starting    bool      // the first execve has not been seen, and calls count for Start
 	Tag         uint64    // as given to Track or Await
 	Started     time.Time // when it was tracked
 	Cgroups     int       // tracked now; 0 means that all have been removed

@@ -13,7 +13,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
-// ErrNoInitial: the recordings don't agree in which phase they began, or don't tell.
+// ErrNoInitial means that the recordings don't agree, or tell, in which phase they began.
 var ErrNoInitial = errors.New("no initial phase")
 
 // SuggestOptions of [SuggestPhases].

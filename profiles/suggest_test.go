@@ -193,8 +193,8 @@ func TestSuggestionAllowsWhatWasDone(t *testing.T) {
 	pool = without(pool, []string{"clone3"}) // answered ENOSYS
 	r := rand.New(rand.NewPCG(1, 2))
 	values := map[string]func() uint64{
-		"open":   func() uint64 { return r.Uint64() & 020003103 },
-		"openat": func() uint64 { return r.Uint64() & 020003103 },
+		"open":   func() uint64 { return r.Uint64() & 0o20003103 },
+		"openat": func() uint64 { return r.Uint64() & 0o20003103 },
 		"clone":  func() uint64 { return r.Uint64() & low32 },
 		"socket": func() uint64 { return r.Uint64() & 0x1f },
 		"ioctl":  func() uint64 { return r.Uint64() & low32 },

@@ -66,8 +66,8 @@ type instance struct {
 	limits   limits
 	kept     keptPhase
 	marking  sync.Mutex // held while the recorder is told the phase
-	inside   io.Closer // changes; serves its own socket, nil if nothing does
-	gone     bool      // changes; nothing is left of it, neither here nor in the journal
+	inside   io.Closer  // changes; serves its own socket, nil if nothing does
+	gone     bool       // changes; nothing is left of it, neither here nor in the journal
 
 	// Of this process only; guarded by Agent.mu.
 	ended    bool          // its end has begun

@@ -188,7 +188,7 @@ func recordCommand(path string, argv []string, phases *RecordPhases, stdout *os.
 		child.abandon()
 		return nil, 0, err
 	}
-	defer marked.end() //nolint:errcheck // where it matters it has ended by then
+	defer func() { _ = marked.end() }() // where it matters it has ended by then
 	events := collectEvents(recorder, handle)
 
 	rec := newRecording(profiles.Subject{ID: group.Name(), Name: filepath.Base(path), Command: argv}, filepath.Base(path), "syslatch record", profiles.GateFilter)

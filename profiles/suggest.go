@@ -101,7 +101,7 @@ func SuggestPhases(recordings []*Recording, o SuggestOptions) (*Suggestion, erro
 		default:
 			taken = true
 			b.take(rec)
-			began[rec.began()] = true
+			began[rec.Initial] = true
 			for _, abi := range rec.All().ABIs() {
 				abis[abi] = true
 			}
@@ -144,26 +144,6 @@ func (r *Recording) named() []string {
 	}
 	slices.Sort(out)
 	return out
-}
-
-// began is the phase of the first call that is in one, empty if it isn't known.
-func (r *Recording) began() string {
-	if phases := r.named(); len(phases) == 1 {
-		return phases[0]
-	}
-	for _, l := range r.Losses {
-		if l.Kind == LossFirstSeen {
-			return ""
-		}
-	}
-	first := ""
-	var after time.Duration
-	for _, f := range r.FirstSeen {
-		if f.Phase != StartPhase && f.Phase != DefaultPhase && (first == "" || f.After < after) {
-			first, after = f.Phase, f.After
-		}
-	}
-	return first
 }
 
 // evidence is what was called in a phase, by name.
@@ -265,6 +245,9 @@ func (b *suggesting) begins(began map[string]bool) error {
 	case b.Initial != "":
 	case len(began) == 1 && began[0] != "":
 		b.Initial = began[0]
+		if b.phases[b.Initial] == nil {
+			b.phases[b.Initial] = evidence{} // it was switched before it called anything
+		}
 	case slices.Contains(began, ""):
 		return fmt.Errorf("%w: the recordings don't tell in which of %s they began", ErrNoInitial, strings.Join(names, ", "))
 	default:

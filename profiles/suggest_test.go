@@ -16,7 +16,7 @@ import (
 )
 
 // trained is a recording with calls of x86_64, each with the values of the argument by
-// which it is split, by phase. Its phases began in the order given.
+// which it is split, by phase. It began in the first of them.
 func trained(id string, phases ...any) *Recording {
 	rec := &Recording{SchemaVersion: 1, ID: id, Workload: "w", Ended: time.Unix(1, 0).UTC(), Phases: map[string]Calls{}}
 	for i := 0; i < len(phases); i += 2 {
@@ -38,7 +38,9 @@ func trained(id string, phases ...any) *Recording {
 			}
 		}
 		rec.Phases[phase] = Union(calls)
-		rec.FirstSeen = append(rec.FirstSeen, FirstSeen{Phase: phase, After: time.Duration(i)})
+		if rec.Initial == "" && phase != StartPhase && phase != DefaultPhase {
+			rec.Initial = phase
+		}
 	}
 	return rec
 }
@@ -135,7 +137,9 @@ func TestSuggestRefuses(t *testing.T) {
 	other.Workload = "x"
 	backwards := trained("backwards", "b", "rmdir", "a", "mkdir")
 	blind := trained("blind", "a", "mkdir", "b", "rmdir")
-	blind.Losses = []Loss{{Kind: LossFirstSeen, Count: 1}}
+	blind.Initial = ""
+	silent := trained("silent", "a", "mkdir")
+	silent.Initial = "b"
 	many := trained("many")
 	for i := range MaxPhases + 1 {
 		many.Phases[fmt.Sprint("p", i)] = Calls{specs.ArchX86_64: {"mkdir"}}
@@ -158,12 +162,16 @@ func TestSuggestRefuses(t *testing.T) {
 		"no such":      {[]*Recording{good}, SuggestOptions{Initial: "c"}, `nothing was recorded in phase "c": want one of a, b`},
 		"blind":        {[]*Recording{blind}, SuggestOptions{}, "don't tell in which of a, b they began"},
 		"blind chosen": {[]*Recording{blind}, SuggestOptions{Initial: "a"}, ""},
+		"silent":       {[]*Recording{silent}, SuggestOptions{}, ""},
 		"many phases":  {[]*Recording{many}, SuggestOptions{Initial: "p0"}, "9 phases, want 1 to 8"},
 		"bad name":     {[]*Recording{trained("1", "a b", "mkdir")}, SuggestOptions{}, "no name of a phase"},
 	} {
 		s, err := SuggestPhases(tc.recs, tc.o)
 		if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s: %v, want %q", name, err, tc.want)
+		}
+		if err == nil && name == "silent" && (s.Phases[0].Name != "b" || len(s.Phases[0].Allow) != 0) {
+			t.Errorf("%s: %+v", name, s.Phases)
 		}
 		if err != nil || name != "one lossy" && name != "forced" {
 			continue

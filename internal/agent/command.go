@@ -208,6 +208,9 @@ func recordCommand(path string, argv []string, phases *RecordPhases, stdout *os.
 		return nil, 0, err
 	}
 	rec.Ended = time.Now().UTC()
+	if phases != nil {
+		rec.Initial = phases.set().Initial
+	}
 	fill(rec, snapshot, events.take(snapshot), marked.names())
 	return rec, status, nil
 }

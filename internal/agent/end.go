@@ -212,6 +212,9 @@ func (a *Agent) recorded(in *instance) (*profiles.Recording, error) {
 	if err != nil {
 		log.WithError(err).Warn("some first-seen events can't be read")
 	}
+	if in.marked() {
+		rec.Initial = in.Decision.Phase
+	}
 	fill(&rec, snapshot, events, in.phaseNames())
 	if n := eventCount(snapshot) - len(events); n > 0 {
 		rec.Losses = append(rec.Losses, profiles.Loss{Kind: profiles.LossFirstSeen, Count: uint64(n), Detail: "not written down in time"})

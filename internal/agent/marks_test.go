@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -122,8 +123,28 @@ policies:
 	does("touch -c")
 	switches("look", 3)
 	does("ls")
+	until := func(what string, is func() bool) {
+		t.Helper()
+		deadline, tick := time.After(time.Minute), time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for !is() {
+			select {
+			case <-tick.C:
+			case <-deadline:
+				t.Fatalf("never %s", what)
+			}
+		}
+	}
+	// It waits for a command, in a read that is called in this phase.
+	until("in a read of its standard input", func() bool {
+		at, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", cmd.Process.Pid))
+		return err == nil && strings.HasPrefix(string(at), "0 0x0 ")
+	})
 	switches("idle", 4)
-	// It waits for a command, in a read that was called in the phase before.
+	until("counted behind the switch", func() bool {
+		s, err := a.recorder.(*bpf.Recorder).Snapshot(*a.instance(c.ID).handle)
+		return err != nil || slices.ContainsFunc(s.Calls, func(c bpf.CallSet) bool { return c.Phase == 2 })
+	})
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

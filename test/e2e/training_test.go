@@ -121,7 +121,7 @@ func TestTraining(t *testing.T) {
 		tr.ends()
 		d.waitLog("container ended", tr.c.ID)
 		recs, err := e.store().Recordings(workload)
-		if err != nil || len(recs) != n+1 || len(recs[n].Losses) != 0 {
+		if err != nil || len(recs) != n+1 || len(recs[n].Blocking()) != 0 || recs[n].Initial != "look" {
 			t.Fatalf("%+v, %v", recs, err)
 		}
 		for call, want := range map[string][]string{

@@ -35,7 +35,7 @@ func TestTraining(t *testing.T) {
 		recorded := func(name string, n int) *profiles.Recording {
 			t.Helper()
 			recs, err := e.store().Recordings(name)
-			if err != nil || len(recs) != n || len(recs[n-1].Losses) != 0 {
+			if err != nil || len(recs) != n || len(recs[n-1].Blocking()) != 0 {
 				t.Fatalf("%+v, %v", recs, err)
 			}
 			return recs[n-1]

@@ -39,9 +39,14 @@ type Instance struct {
 
 	Set     *profiles.PhaseSet
 	Plan    *profiles.PhasePlan
-	Initial string // phase to begin in; empty is Set's
-	// Generation of that, 0 for 1: an instance that an earlier process supervised goes
-	// on.
+	Tables  map[string]*profiles.PhaseTable // of Plan, see [Tables]; nil: they are made
+	Initial string                          // phase to begin in; empty is Set's
+	// Record: the instance is recorded, and its phases are marks of where its calls
+	// count. Nothing is enforced, and every phase may follow every other, whoever asks.
+	// Hooks tells the recorder.
+	Record bool
+	// Generation of that, for an instance that an earlier process supervised; 0 for one
+	// that begins, with 1.
 	Generation uint64
 
 	Barrier Barrier
@@ -82,6 +87,16 @@ type Supervised struct {
 	broken map[string]string // guarded by mu: what failed for good, by what it concerns
 }
 
+// Tables are what is answered in each phase of a plan, StartPhase among them. Instances
+// of one plan can share them.
+func Tables(plan *profiles.PhasePlan) map[string]*profiles.PhaseTable {
+	out := map[string]*profiles.PhaseTable{}
+	for _, phase := range append([]string{profiles.StartPhase}, plan.Phases...) {
+		out[phase] = plan.Table(phase, seccomp.Number)
+	}
+	return out
+}
+
 func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 	if in.Initial == "" {
 		in.Initial = in.Set.Initial
@@ -93,18 +108,18 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 		return nil, errors.New("no barrier: calls that are blocked in the kernel at a switch would not be judged again")
 	}
 	sv := &Supervised{
-		in: in, s: s, turn: make(chan struct{}, 1), tables: map[string]*profiles.PhaseTable{}, broken: map[string]string{},
+		in: in, s: s, turn: make(chan struct{}, 1), tables: in.Tables, broken: map[string]string{},
 		log: s.opts.Log.WithFields(logrus.Fields{"instance": in.ID, "policy": in.Policy}),
 	}
-	for _, phase := range append([]string{profiles.StartPhase}, in.Plan.Phases...) {
-		sv.tables[phase] = in.Plan.Table(phase, seccomp.Number)
+	if sv.tables == nil {
+		sv.tables = Tables(in.Plan)
 	}
 	sv.ctx, sv.cancel = context.WithCancel(context.Background())
 	sv.denials.report, sv.denials.stop = sv.reportDenied, make(chan struct{})
 	return sv, nil
 }
 
-// begin is the first phase, of which no task is yet.
+// begin is the first phase, of which no task is yet, or the one to go on with.
 func (sv *Supervised) begin() error {
 	to := sv.in.Initial
 	if sv.in.Hooks != nil {
@@ -116,11 +131,15 @@ func (sv *Supervised) begin() error {
 	sv.mu.Lock()
 	sv.status = Status{
 		ID: sv.in.ID, Name: sv.in.Name, Workload: sv.in.Workload, Policy: sv.in.Policy,
-		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(),
+		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(), Recorded: sv.in.Record,
 	}
 	sv.whole = true
 	sv.mu.Unlock()
-	sv.emit(Event{Kind: Begun, To: to})
+	kind := Begun
+	if sv.in.Generation != 0 {
+		kind = Resumed
+	}
+	sv.emit(Event{Kind: kind, To: to})
 	return nil
 }
 
@@ -132,10 +151,13 @@ func (sv *Supervised) Status() Status {
 	st.Denied = sv.denials.total.Load()
 	st.Next = sv.next(st.Phase)
 	st.Uncovered = []string{}
+	if sv.in.Record {
+		st.Uncovered = append(st.Uncovered, onlyRecorded)
+	}
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
-	for _, what := range []string{atBarrier, atLimits, atRatchet, atListener} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener} {
 		if why, ok := sv.broken[what]; ok {
 			st.Uncovered = append(st.Uncovered, what+": "+why)
 		}
@@ -152,9 +174,13 @@ func (sv *Supervised) Status() Status {
 	return st
 }
 
+// onlyRecorded is what a recorded instance lacks.
+const onlyRecorded = "nothing is denied and no limit set: the instance is recorded, and the phase is where its calls count"
+
 // What may be broken.
 const (
 	atBarrier  = "calls that were blocked at the switch may go on as the phase before allowed"
+	atRecord   = "calls that were blocked at the switch may count in the phase before alone"
 	atLimits   = "limits"
 	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
 	atListener = "calls that the filter asks about are answered ENOSYS"
@@ -163,7 +189,7 @@ const (
 func (sv *Supervised) next(from string) []string {
 	out := []string{}
 	for _, to := range sv.in.Plan.Phases {
-		if sv.in.Set.May(from, to) {
+		if sv.in.Record && from != to || sv.in.Set.May(from, to) {
 			out = append(out, to)
 		}
 	}
@@ -220,7 +246,7 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 		sv.status.Phase, sv.status.Since = to, time.Now().UTC()
 	}
 	sv.status.Generation, sv.whole = generation, false
-	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
 		delete(sv.broken, what)
 	}
 	sv.mu.Unlock()
@@ -269,7 +295,7 @@ func (sv *Supervised) may(is Status, to string, o SetOptions) error {
 		return refuse("unknown phase")
 	case o.Generation != 0 && o.Generation != is.Generation:
 		return &GenerationError{Want: o.Generation, Is: is.Generation}
-	case from == to:
+	case from == to, sv.in.Record:
 		return nil
 	case !sv.in.Set.May(from, to):
 		return refuse("the policy doesn't lead there")
@@ -314,7 +340,11 @@ func (sv *Supervised) limit(ctx context.Context) error {
 func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	var errs []error
 	if sv.in.Barrier != nil {
-		errs = append(errs, sv.fails(atBarrier, sv.in.Barrier.Barrier(ctx)))
+		what := atBarrier
+		if sv.in.Record {
+			what = atRecord
+		}
+		errs = append(errs, sv.fails(what, sv.in.Barrier.Barrier(ctx)))
 	}
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
@@ -350,7 +380,7 @@ func (sv *Supervised) Rejudge(ctx context.Context) error {
 		return ctx.Err()
 	}
 	sv.mu.Lock()
-	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
 		delete(sv.broken, what)
 	}
 	sv.mu.Unlock()

@@ -91,7 +91,11 @@ func (t *tracer) executing(ctx context.Context, dir string, pid, tid int, traced
 	}
 	defer t.closeMem(k)
 	if err = t.executed(ctx, k, pid); err != nil {
-		err = errors.Join(err, unix.Kill(pid, unix.SIGKILL))
+		// One of them does: the first where it stands, which takes no CAP_KILL.
+		_, killed := ptrace(unix.PTRACE_SETOPTIONS, k.tid, 0, unix.PTRACE_O_EXITKILL)
+		if e := unix.Kill(pid, unix.SIGKILL); killed != nil && e != nil {
+			err = errors.Join(err, fmt.Errorf("and it can't be killed: %w", e))
+		}
 	}
 	return err
 }

@@ -29,6 +29,10 @@
 // orphaned before (its parent is init), a process that moves to another cgroup. Those
 // that are forked while this runs are followed wherever they go.
 //
+// BUG(inject): no other thread may wait for a child of this process that is in the scope
+// (wait4(2), also with its pid): it would take the child's stops from the tracer, and
+// the tracer may take its exit status.
+//
 // BUG(inject): epoll_wait and some other calls with a timeout fail with EINTR when a
 // task is stopped, as with SIGSTOP and SIGCONT; those without a timeout are made again.
 package inject

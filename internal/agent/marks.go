@@ -99,16 +99,15 @@ func (a *Agent) planMarks(ctx context.Context, c policy.Container, d *policy.Dec
 	return ip, err
 }
 
-// compileMarks: nothing of the phases is enforced.
-func compileMarks(d *policy.Decision, ip *instancePhases) (*instancePhases, *profiles.PhasePlan, error) {
+// mark is for phases of which nothing is enforced.
+func (ip *instancePhases) mark() *instancePhases {
 	ip.Record, ip.Host = true, profiles.PhaseHost{}
-	_, plan, err := phasesOf(d, ip)
-	return ip, plan, err
+	return ip
 }
 
 // superviseMarks is supervise for an instance that is recorded.
 func (p *phasing) superviseMarks(in *instance, now phaseNow) (*phase.Supervised, error) {
-	set, plan, err := phasesOf(&in.Decision, in.Phases)
+	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +115,7 @@ func (p *phasing) superviseMarks(in *instance, now phaseNow) (*phase.Supervised,
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	return p.supervisor.Add(phase.Instance{
 		ID: in.Container.ID, Name: in.Container.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
-		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation, Record: true,
+		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation, Record: true,
 		Barrier: &in.barrier,
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
@@ -162,6 +161,7 @@ func (a *Agent) pickUpMarks(in *instance) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
+	now.Generation = max(now.Generation, 1) // it goes on
 	if err == nil {
 		_, err = a.phases.supervise(in, now)
 	}

@@ -33,6 +33,7 @@ type phasing struct {
 	kernel     kernelHost
 	host       profiles.PhaseHost
 	newer      []string
+	plans      plans
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
@@ -184,17 +185,6 @@ type instancePhases struct {
 	inside bool // the daemon serves sockets inside containers
 }
 
-// phasesOf are a decision's phases and what they compile to.
-func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *profiles.PhasePlan, error) {
-	p := policy.Policy{MustAllow: d.MustAllow, MustDeny: d.MustDeny, Phases: d.Phases}
-	set := p.Set()
-	plan, err := profiles.CompilePhases(set, ip.Host, profiles.PhaseOptions{Architectures: d.Architectures, NewerThanKernel: ip.Newer})
-	if err != nil {
-		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
-	}
-	return set, plan, nil
-}
-
 // compiler makes the filter of a decision's phases, or says what can't be enforced, for
 // who supervises them.
 type compiler interface {
@@ -202,27 +192,25 @@ type compiler interface {
 }
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	return compilePhases(d, &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}, p.socket)
-}
-
-// compilePhases: socket is where runtimes send listeners.
-func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	ip := &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}
 	if d.Mode == policy.ModeRecord {
-		return compileMarks(d, ip)
+		return ip.mark(), nil, nil
 	}
-	_, plan, err := phasesOf(d, ip)
+	is, err := p.plans.of(d, ip)
 	if err != nil {
 		return nil, nil, err
 	}
-	gaps := append(plan.Gaps, limitGapsOf(d, ip.Runtime)...)
+	return filterOf(d, ip, is, p.socket)
+}
+
+// filterOf: socket is where runtimes send listeners.
+func filterOf(d *policy.Decision, ip *instancePhases, is *compiled, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	gaps := slices.Concat(is.plan.Gaps, limitGapsOf(d, ip.Runtime))
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
-	ip.Filter = seccompDigest(plan.Profile)
-	if plan.Listener {
-		plan.Profile.ListenerPath = socket
-	}
-	return ip, plan, nil
+	ip.Filter = seccompDigest(is.plan.Profile)
+	return ip, is.filter(socket), nil
 }
 
 // limitGapsOf are the phases whose limits can't be set.
@@ -241,17 +229,17 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if in.marked() {
 		return p.superviseMarks(in, now)
 	}
-	set, plan, err := phasesOf(&in.Decision, in.Phases)
+	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
 	}
-	in.limits.restore(now.Original)
+	in.limits.begin(now.Original)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	return p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
-		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
+		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
 		Barrier: &in.barrier,
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
@@ -261,8 +249,8 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
 			}
 		},
-		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
-		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
+		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
+		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
 }
 
@@ -377,7 +365,11 @@ func (p *phasing) begin(in *instance) error {
 }
 
 // setLimits sets what limits a phase has, and reads them back.
-func (p *phasing) setLimits(in *instance, name string) error {
+func (p *phasing) setLimits(ctx context.Context, in *instance, name string) error {
+	return in.limits.within(ctx, p.a, func() error { return p.setLimitsNow(ctx, in, name) })
+}
+
+func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) error {
 	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
 	want, err := adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
 	if err != nil {
@@ -398,7 +390,7 @@ func (p *phasing) setLimits(in *instance, name string) error {
 	case id != in.CgroupID:
 		return fmt.Errorf("process %d is not in the container's cgroup any more", pid)
 	}
-	return in.limits.set(p.kernel, pid, want, func(original []limitValue) error {
+	return in.limits.set(ctx, p.kernel, pid, want, func(original []limitValue) error {
 		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
 	})
 }
@@ -481,6 +473,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
+	now.Generation = max(now.Generation, 1) // it goes on
 	sv, err := a.phases.supervise(in, now)
 	if err != nil || unknown != nil {
 		// Served, it might do more than it may.

@@ -260,6 +260,10 @@ func TestPhasesOutliveTheDaemon(t *testing.T) {
 		waits := pidOf(t, e, c)
 		d = e.start(agentPolicy)
 		goesOn(want)
+		d.waitLog("phase event", `"resumed"`, c.ID)
+		if strings.Contains(d.log.String(), `"begun"`) {
+			t.Error("the container has begun once more")
+		}
 		if st := e.phaseStatus(c.ID); st.Phase != name || st.State != phase.Holds {
 			t.Errorf("after a kill: %+v", st)
 		}

@@ -70,7 +70,7 @@ func TestTraining(t *testing.T) {
 		s.makes(true)
 		d.kill(syscall.SIGKILL)
 		s.makes(true)
-		d = e.startDaemon()
+		e.startDaemon()
 		if st := e.phaseStatus(id); st.Phase != "make" || st.Generation != 2 || st.State != phase.Holds || !st.Recorded {
 			t.Errorf("after a kill: %+v", st)
 		}

@@ -104,9 +104,7 @@ func (s *supervisor) compile(ctx context.Context, c policy.Container, d *policy.
 		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
 	}
 	ip := &instancePhases{Host: answer.Host, Newer: answer.Newer, Runtime: runtime, inside: answer.Inside}
-	if d.Mode == policy.ModeRecord {
-		return ip.mark(), nil, nil
-	}
+	ip.of(d)
 	is, err := inputOf(d, ip).compile()
 	if err != nil {
 		return nil, nil, err

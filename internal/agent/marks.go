@@ -99,18 +99,15 @@ func (a *Agent) planMarks(ctx context.Context, c policy.Container, d *policy.Dec
 	return ip, err
 }
 
-// mark is for phases of which nothing is enforced.
-func (ip *instancePhases) mark() *instancePhases {
-	ip.Record, ip.Host = true, profiles.PhaseHost{}
-	return ip
+// of has a recorded container's phases be marks: nothing of them is enforced.
+func (ip *instancePhases) of(d *policy.Decision) {
+	if d.Mode == policy.ModeRecord {
+		ip.Record, ip.Host = true, profiles.PhaseHost{}
+	}
 }
 
 // superviseMarks is supervise for an instance that is recorded.
-func (p *phasing) superviseMarks(in *instance, now phaseNow) (*phase.Supervised, error) {
-	is, err := p.plans.of(&in.Decision, in.Phases)
-	if err != nil {
-		return nil, err
-	}
+func (p *phasing) superviseMarks(in *instance, is *compiled, now phaseNow) (*phase.Supervised, error) {
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	return p.supervisor.Add(phase.Instance{

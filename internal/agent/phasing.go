@@ -193,9 +193,7 @@ type compiler interface {
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
 	ip := &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}
-	if d.Mode == policy.ModeRecord {
-		return ip.mark(), nil, nil
-	}
+	ip.of(d)
 	is, err := p.plans.of(d, ip)
 	if err != nil {
 		return nil, nil, err
@@ -205,6 +203,9 @@ func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decis
 
 // filterOf: socket is where runtimes send listeners.
 func filterOf(d *policy.Decision, ip *instancePhases, is *compiled, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	if ip.Record {
+		return ip, is.plan, nil
+	}
 	gaps := slices.Concat(is.plan.Gaps, limitGapsOf(d, ip.Runtime))
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
@@ -226,12 +227,12 @@ func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.Ph
 
 // supervise adds an instance to the supervisor, where an earlier process left it.
 func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
-	if in.marked() {
-		return p.superviseMarks(in, now)
-	}
 	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
+	}
+	if in.marked() {
+		return p.superviseMarks(in, is, now)
 	}
 	in.limits.begin(now.Original)
 	in.kept.now = now

@@ -45,7 +45,7 @@ type Instance struct {
 	// count. Nothing is enforced, and every phase may follow every other, whoever asks.
 	// Hooks tells the recorder.
 	Record bool
-	// Generation of Initial, for an instance that an earlier process supervised; 0 for one
+	// Generation of that, for an instance that an earlier process supervised; 0 for one
 	// that begins, with 1.
 	Generation uint64
 

@@ -251,7 +251,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 		if time.Since(begun) > patience {
 			t.Fatalf("not in %v: %s", patience, what)
 		}
-		time.Sleep(pause)
+		<-time.After(pause)
 	}
 }
 

@@ -195,7 +195,7 @@ func poll(done func() bool) bool {
 		if done() {
 			return true
 		}
-		time.Sleep(pause)
+		<-time.After(pause)
 	}
 	return done()
 }

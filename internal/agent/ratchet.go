@@ -102,9 +102,8 @@ func (r *ratchet) put(ctx context.Context, phase string) error {
 			"phase": phase, "processes": given, "no_new_privs": set, "stopped": got.report.Stopped, "took": time.Since(begun),
 		}).Info("the phase's own filter was put on processes")
 	}
-	var incomplete *inject.IncompleteError
-	if errors.Is(got.err, inject.ErrGone) && !errors.As(got.err, &incomplete) {
-		return nil // nothing runs
+	if errors.Is(got.err, inject.ErrNobody) {
+		return nil
 	}
 	return got.err
 }

@@ -159,6 +159,8 @@ func (e *RefusedError) Error() string {
 var (
 	// ErrGone: the process has ended.
 	ErrGone = cgroup.ErrGone
+	// ErrNobody: the scope has no process, or none any more. It comes with ErrGone.
+	ErrNobody = errors.New("no process is left that could have the filter")
 	// ErrPermission: the kernel doesn't let this process trace that one.
 	ErrPermission = errors.New("may not be traced")
 	// ErrFrozen: its cgroup is frozen, so it can't run what loads the filter.

@@ -735,6 +735,9 @@ func TestZombie(t *testing.T) {
 func TestFrozen(t *testing.T) {
 	needRoot(t)
 	g := newGroup(t)
+	if _, err := Filter(context60(t), Scope{Cgroup: g.Path()}, denyMkdir(), Options{}); !errors.Is(err, ErrNobody) {
+		t.Errorf("an empty cgroup: got %v, want ErrNobody", err)
+	}
 	x := start(t, into(t, g), "threads", "2")
 	freeze := func(s string) {
 		t.Helper()

@@ -1166,7 +1166,7 @@ func (c *campaign) verify() (again bool, err error) {
 		return err == nil, err
 	}
 	if len(c.covered) == 0 && len(c.failed) == 0 {
-		return false, fmt.Errorf("no process is left that could have the filter: %w", ErrGone)
+		return false, fmt.Errorf("%w: %w", ErrNobody, ErrGone)
 	}
 	return false, nil
 }

@@ -87,7 +87,20 @@ struct nsproxy {
 	struct mnt_namespace *mnt_ns;
 };
 
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct seccomp {
+	atomic_t filter_count;
+};
+
 struct task_struct {
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	__u64 self_exec_id;
+	struct seccomp seccomp;
 	struct css_set *cgroups;
 	struct fs_struct *fs;
 	struct nsproxy *nsproxy;

@@ -33,6 +33,7 @@ type phasing struct {
 	kernel     kernelHost
 	host       profiles.PhaseHost
 	newer      []string
+	programs   programs
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
@@ -58,7 +59,7 @@ func hasPhases(p *policy.File) bool {
 // newPhasing looks at the host, and listens.
 //
 // The socket's directory is root's alone, so whoever connects is a runtime, or root.
-func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
+func newPhasing(a *Agent, kernel kernelHost, opts Options) (_ *phasing, err error) {
 	host, _, err := phaseHost()
 	if err != nil {
 		return nil, err
@@ -68,6 +69,12 @@ func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
 		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
 	}
+	p.programs = openPrograms(a, kernel.Hierarchy, &p.host)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.programs.Close())
+		}
+	}()
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -94,7 +101,7 @@ func (p *phasing) Close() error {
 		err = errors.Join(err, p.holder.Close())
 		p.holder = nil
 	}
-	return errors.Join(err, p.supervisor.Close())
+	return errors.Join(err, p.supervisor.Close(), p.programs.Close())
 }
 
 // Phases switches the phases of this agent's instances; nil if the policy file has
@@ -236,14 +243,15 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if err != nil {
 		return nil, err
 	}
+	lost := p.programs.find(in, plan, &now)
 	in.limits.restore(now.Original)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
-	return p.supervisor.Add(phase.Instance{
+	in.supervised, err = p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
-		Barrier: &in.barrier,
+		Barrier: &in.barrier, Hooks: in.guard.hooks(),
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
 		},
@@ -255,6 +263,10 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
 		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
 	})
+	if err == nil && lost != nil {
+		in.supervised.Unhooked(lost)
+	}
+	return in.supervised, err
 }
 
 // uncovered names the gaps of a phase.
@@ -326,7 +338,10 @@ func (p *phasing) attached(in *instance, pid int) error {
 	} else if err != nil && !errors.Is(err, cgroup.ErrNoV2) {
 		return fmt.Errorf("phases: %w", err)
 	}
-	return p.found(in, pid)
+	if err := p.found(in, pid); err != nil {
+		return err
+	}
+	return p.programs.add(in, pid)
 }
 
 // found is attached for a container that has run for a while: its init may have moved,

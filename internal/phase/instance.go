@@ -135,7 +135,7 @@ func (sv *Supervised) Status() Status {
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
-	for _, what := range []string{atBarrier, atLimits, atRatchet, atListener} {
+	for _, what := range []string{atBarrier, atLimits, atRatchet, atListener, atHooks} {
 		if why, ok := sv.broken[what]; ok {
 			st.Uncovered = append(st.Uncovered, what+": "+why)
 		}
@@ -158,6 +158,7 @@ const (
 	atLimits   = "limits"
 	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
 	atListener = "calls that the filter asks about are answered ENOSYS"
+	atHooks    = "what BPF programs deny in a phase may not be denied"
 )
 
 func (sv *Supervised) next(from string) []string {
@@ -337,6 +338,24 @@ func (sv *Supervised) Lose(why error) {
 	sv.mu.Unlock()
 	sv.log.WithError(why).WithField("phase", phase).Error("the listener of an instance is lost: what its filter asks about is denied (ENOSYS)")
 	sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + why.Error()})
+}
+
+// Unhooked says that the kernel's programs don't do their part, and why; nil that they
+// do.
+func (sv *Supervised) Unhooked(why error) {
+	sv.mu.Lock()
+	_, was := sv.broken[atHooks]
+	delete(sv.broken, atHooks)
+	if why != nil {
+		sv.broken[atHooks] = why.Error()
+	}
+	phase := sv.status.Phase
+	sv.mu.Unlock()
+	if why == nil || was {
+		return
+	}
+	sv.log.WithError(why).WithField("phase", phase).Error("an instance has lost a part of what enforces its phases: " + atHooks)
+	sv.emit(Event{Kind: Lost, From: phase, Message: atHooks + ": " + why.Error()})
 }
 
 // Rejudge makes the phase hold for every task once more, as a switch does: for an

@@ -768,6 +768,9 @@ func (c *phaseCompiler) networkGaps() {
 	case len(bound) == 0:
 	case c.host.CgroupConnect:
 		c.Hooks = append(c.Hooks, PhaseHook{Program: cgroupAddresses, Allows: allows})
+		if !c.host.LSM {
+			c.Gaps = append(c.Gaps, PhaseGap{bound, "other addresses can be reached by raw sockets, and by sockets from outside of the cgroup", "programs of cgroups don't see them, and there is no BPF LSM", bootLSM})
+		}
 	case c.host.LSM:
 		c.Hooks = append(c.Hooks, PhaseHook{Program: lsmAddresses, Allows: allows})
 	default:

@@ -13,6 +13,8 @@
 /* O_ACCMODE | O_CREAT | O_TRUNC | O_APPEND | __O_TMPFILE */
 #define M_OPEN 020003103ULL
 #define M_SOCK_TYPE 0xfULL
+/* MAP_TYPE | MAP_FIXED | MAP_ANONYMOUS */
+#define M_MMAP 0x3fULL
 /* The version is in the upper half of ipc's first argument. */
 #define M_IPC 0xffffULL
 
@@ -33,7 +35,8 @@
 	ROW(personality, 135, 136, 135, 0, M_INT, 0)                           \
 	ROW(open_flags, 2, 5, 2, 1, M_OPEN, 0)                                 \
 	ROW(openat_flags, 257, 295, 257, 2, M_OPEN, 0)                         \
-	ROW(mmap_prot, 9, 192, 9, 2, M_LONG, 0)                                \
+	ROW(mmap_prot, 9, 192, 9, 2, M_LONG, 1)                                \
+	NEXT(mmap_flags, 9, 192, 9, 3, M_MMAP)                                 \
 	ROW(mprotect_prot, 10, 125, 10, 2, M_LONG, 0)                          \
 	ROW(pkey_mprotect_prot, 329, 380, 329, 2, M_LONG, 0)                   \
 	ROW(mount_flags, 165, 21, 165, 3, M_LONG, 0)                           \

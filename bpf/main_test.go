@@ -196,12 +196,12 @@ func findCgroupRoot() (string, error) {
 
 // poll waits for what the kernel does on its own time and has no event for.
 func poll(done func() bool) bool {
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); <-tick.C {
+	pause := time.Millisecond
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); pause = min(2*pause, 50*time.Millisecond) {
 		if done() {
 			return true
 		}
+		time.Sleep(pause)
 	}
 	return done()
 }

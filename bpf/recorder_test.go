@@ -516,7 +516,7 @@ func TestArguments(t *testing.T) {
 		call32(102, 77, 0),                                   // socketcall
 		call32(117, 1<<16|88),                                // ipc, version 1
 		call(0x40000000|514, bad, 0x1234),                    // ioctl of x32
-		call(9, 0, 0, 5), call(9, 0, 0, 1), call(9, 0, 0, 5), // mmap of nothing
+		call(9, 0, 0, 5, 0x4022), call(9, 0, 0, 1, 2), call(9, 0, 0, 5, 0x22), // mmap of nothing
 		call(54, bad, 1, 2), // setsockopt
 	)
 	for i := range uint64(40) {
@@ -535,6 +535,7 @@ func TestArguments(t *testing.T) {
 	const integer, long = 0xffffffff, ^uint64(0)
 	want := []bpf.ArgSet{
 		{Number: 9, Arg: 2, Mask: long, Values: []uint64{1, 5}},
+		{Number: 9, Arg: 3, Mask: 0x3f, Values: []uint64{2, 0x22}},
 		{Number: 16, Arg: 1, Mask: integer, Values: []uint64{0x80045430}},
 		{Number: 28, Arg: 2, Mask: integer, Values: full},
 		{Number: 41, Arg: 0, Mask: integer, Values: []uint64{1, 16}},

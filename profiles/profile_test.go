@@ -278,6 +278,28 @@ func TestMayDenyOf(t *testing.T) {
 			t.Errorf("%s: got %v, want %v", name, got, tc.want)
 		}
 	}
+	mmap := func(prot, flags uint64) []Argument {
+		call := Call{ABI: specs.ArchX86_64, Number: 9, Name: "mmap"}
+		return []Argument{
+			{Call: call, Phase: DefaultPhase, Index: 2, Mask: all, Values: []uint64{prot}},
+			{Call: call, Phase: DefaultPhase, Index: 3, Mask: 0x3f, Values: []uint64{flags}},
+		}
+	}
+	for name, tc := range map[string]struct {
+		args []Argument
+		want Calls
+	}{
+		"memory":            {mmap(3, 0x22), nil},
+		"a file":            {mmap(3, 0x2), x86_64("mmap")},
+		"executable memory": {mmap(7, 0x22), x86_64("mmap")},
+		"flags not kept":    {mmap(3, 0x22)[:1], x86_64("mmap")},
+	} {
+		rec := recordingOf("r", x86_64("execve", "mmap"))
+		rec.Arguments = tc.args
+		if got := MayDenyOf(p, rec); !got.Equal(tc.want) {
+			t.Errorf("mmap of %s: got %v, want %v", name, got, tc.want)
+		}
+	}
 	both := &specs.LinuxSeccomp{DefaultAction: specs.ActErrno, Syscalls: []specs.LinuxSyscall{
 		{Names: []string{"clone"}, Action: specs.ActAllow, Args: []specs.LinuxSeccompArg{{Value: thread, Op: specs.OpEqualTo}}},
 		{Names: []string{"clone"}, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Index: 1, Op: specs.OpEqualTo}}},

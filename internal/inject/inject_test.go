@@ -246,12 +246,12 @@ func (x *target) try(t *testing.T, n int, want unix.Errno) {
 // eventually waits for what no event tells.
 func eventually(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for begun := time.Now(); !is(); <-tick.C {
+	pause := time.Millisecond
+	for begun := time.Now(); !is(); pause = min(2*pause, 50*time.Millisecond) {
 		if time.Since(begun) > patience {
 			t.Fatalf("not in %v: %s", patience, what)
 		}
+		time.Sleep(pause)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -71,6 +72,9 @@ func runTests(m *testing.M) (_ int, err error) {
 		return 0, err
 	}
 	code := m.Run()
+	if err := closeShared(); err != nil {
+		return code, err
+	}
 	after, err := leftovers()
 	if err != nil {
 		return code, err
@@ -166,6 +170,7 @@ const testTimeout = 5 * time.Minute
 
 func newEnv(t *testing.T, o harness.Options) *env {
 	t.Helper()
+	var err error
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	t.Cleanup(cancel)
 	e := &env{t: t, ctx: ctx, dir: t.TempDir()}
@@ -176,23 +181,69 @@ func newEnv(t *testing.T, o harness.Options) *env {
 			t.Errorf("remove pins: %v", err)
 		}
 	})
-	h, err := harness.Start(ctx, o)
-	if err != nil {
+	if !reflect.DeepEqual(o, harness.Options{}) {
+		h, err := startHost(ctx, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := h.Close(); err != nil {
+				t.Errorf("close: %v", err)
+			}
+		})
+		e.Host = h
+	} else if e.Host, err = sharedHost(ctx); err != nil {
 		t.Fatal(err)
 	}
-	e.Host = h
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("containerd:\n%s", h.LogTail(60))
+			t.Logf("containerd:\n%s", e.LogTail(60))
 		}
-		if err := h.Close(); err != nil {
-			t.Errorf("close: %v", err)
+		if e.Host != shared {
+			return
+		}
+		err := e.RemovePods()
+		if err != nil {
+			t.Errorf("remove pods: %v", err)
+		}
+		if err != nil || t.Failed() {
+			if err := closeShared(); err != nil { // what is wrong with it, if anything is, ends here
+				t.Errorf("close: %v", err)
+			}
 		}
 	})
-	if err := h.Import(ctx, busybox); err != nil {
-		t.Fatal(err)
-	}
 	return e
+}
+
+// shared is the runtime of all tests that ask for no other: to start one takes longer
+// than most tests. nil until the first asks for it. Tests are not parallel.
+var shared *harness.Host
+
+func sharedHost(ctx context.Context) (_ *harness.Host, err error) {
+	if shared == nil {
+		shared, err = startHost(ctx, harness.Options{})
+	}
+	return shared, err
+}
+
+func closeShared() error {
+	if shared == nil {
+		return nil
+	}
+	h := shared
+	shared = nil
+	return h.Close()
+}
+
+func startHost(ctx context.Context, o harness.Options) (*harness.Host, error) {
+	h, err := harness.Start(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Import(ctx, busybox); err != nil {
+		return nil, errors.Join(err, h.Close())
+	}
+	return h, nil
 }
 
 func mountBPFFS(t *testing.T) {
@@ -229,13 +280,18 @@ type daemon struct {
 
 // lockedBuffer is written by the process's copier and read by the test.
 type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
+	mu      sync.Mutex
+	b       bytes.Buffer
+	written chan struct{} // guarded by mu: closed by the next write; nil if nobody waits
 }
 
 func (l *lockedBuffer) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.written != nil {
+		close(l.written)
+		l.written = nil
+	}
 	return l.b.Write(p)
 }
 
@@ -243,6 +299,17 @@ func (l *lockedBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
+}
+
+// From gives what was written from an offset on, and a channel that is closed when
+// there is more.
+func (l *lockedBuffer) From(offset int) (text string, more <-chan struct{}) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.written == nil {
+		l.written = make(chan struct{})
+	}
+	return string(l.b.Bytes()[offset:]), l.written
 }
 
 // start starts syslatchd with policies and waits until containerd knows it.
@@ -283,22 +350,23 @@ func (d *daemon) kill(sig syscall.Signal) {
 func (d *daemon) waitLog(message string, match ...string) map[string]any {
 	d.t.Helper()
 	deadline := time.After(90 * time.Second)
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		for line := range strings.SplitSeq(d.log.String(), "\n") {
+	for offset := 0; ; {
+		text, more := d.log.From(offset)
+		whole := strings.LastIndexByte(text, '\n') + 1
+		for line := range strings.Lines(text[:whole]) {
 			var fields map[string]any
-			if json.Unmarshal([]byte(line), &fields) != nil || !strings.Contains(fmt.Sprint(fields["msg"]), message) {
+			if !strings.Contains(line, message) || json.Unmarshal([]byte(line), &fields) != nil || !strings.Contains(fmt.Sprint(fields["msg"]), message) {
 				continue
 			}
 			if !slices.ContainsFunc(match, func(m string) bool { return !strings.Contains(line, m) }) {
 				return fields
 			}
 		}
+		offset += whole
 		select {
 		case <-deadline:
 			d.t.Fatalf("syslatchd never logged %q %v:\n%s", message, match, d.log)
-		case <-tick.C:
+		case <-more:
 		}
 	}
 }

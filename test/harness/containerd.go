@@ -56,10 +56,11 @@ type Host struct {
 	ended <-chan struct{} // closed when cmd has
 	log   *os.File
 	// load is a command that imports an image.
-	load    func(ctx context.Context, i *Image) *exec.Cmd
-	cgroup  string // parent of all pods, in every hierarchy
-	pods    []*Pod
-	counter int
+	load     func(ctx context.Context, i *Image) *exec.Cmd
+	cgroup   string // parent of all pods, in every hierarchy
+	pods     []*Pod
+	imported map[string]bool // by the image's name
+	counter  int
 }
 
 // Runtimes that a pod can name as its handler.
@@ -126,6 +127,7 @@ func Start(ctx context.Context, o Options) (_ *Host, err error) {
 		Socket:    filepath.Join(dir, "c.sock"),
 		NRISocket: filepath.Join(dir, "nri.sock"),
 		cgroup:    "/" + filepath.Base(dir),
+		imported:  map[string]bool{},
 	}
 	defer func() {
 		if err != nil {
@@ -237,13 +239,12 @@ func quoted(list []string) string {
 	return strings.Join(out, ", ")
 }
 
-// until tries again every few milliseconds, until try succeeds or ctx ends.
-// Neither containerd's readiness nor a container's state has an event that a
-// CRI client could wait for without missing some.
+// until tries again, less and less often, until try succeeds or ctx ends: each try
+// takes time from what is waited for, much of it in an emulated guest. Neither
+// containerd's readiness nor a container's state has an event that a CRI client could
+// wait for without missing some.
 func until(ctx context.Context, try func() error) error {
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
 		err := try()
 		if err == nil {
 			return nil
@@ -251,26 +252,33 @@ func until(ctx context.Context, try func() error) error {
 		select {
 		case <-ctx.Done():
 			return errors.Join(ctx.Err(), err)
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }
 
-// Import loads an image's archive.
+// Import loads an image's archive, if it isn't there yet.
 func (h *Host) Import(ctx context.Context, i *Image) error {
+	if h.imported[i.Name] {
+		return nil
+	}
 	cmd := h.load(ctx, i)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("import %s: %w\n%s", i.Name, err, out)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	return until(ctx, func() error {
+	err := until(ctx, func() error {
 		r, err := h.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: i.Name}})
 		if err == nil && r.GetImage() == nil {
 			return fmt.Errorf("image %s is not there yet", i.Name)
 		}
 		return err
 	})
+	if err == nil {
+		h.imported[i.Name] = true
+	}
+	return err
 }
 
 // LogTail is the end of the runtime's log.
@@ -311,6 +319,17 @@ func (h *Host) stop() error {
 	return nil
 }
 
+// RemovePods removes all pods.
+func (h *Host) RemovePods() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	var errs []error
+	for _, p := range slices.Clone(h.pods) {
+		errs = append(errs, p.Remove(ctx))
+	}
+	return errors.Join(errs...)
+}
+
 // Close removes all pods, stops the runtime, and takes away what is left: shims,
 // mounts, cgroups, files.
 func (h *Host) Close() error {
@@ -318,9 +337,7 @@ func (h *Host) Close() error {
 	defer cancel()
 	var errs []error
 	if h.conn != nil {
-		for _, p := range slices.Clone(h.pods) {
-			errs = append(errs, p.Remove(ctx))
-		}
+		errs = append(errs, h.RemovePods())
 		h.conn.Close()
 	}
 	errs = append(errs, h.stop())

@@ -170,9 +170,7 @@ func removeCgroup(dir string) error {
 // poll tries until done, or until the time is up, and returns the last error.
 func poll(most time.Duration, try func() (done bool, err error)) error {
 	deadline := time.After(most)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
 		done, err := try()
 		if done {
 			return err
@@ -180,7 +178,7 @@ func poll(most time.Duration, try func() (done bool, err error)) error {
 		select {
 		case <-deadline:
 			return err
-		case <-tick.C:
+		case <-time.After(pause):
 		}
 	}
 }

@@ -95,7 +95,7 @@ func (p *programs) find(in *instance, plan *profiles.PhasePlan, now *phaseNow) e
 			return nil
 		}
 	}
-	return errors.New("the kernel has no record of it (were the pins removed?)")
+	return errors.New("the kernel has no record of it (were the pins removed? create the container anew)")
 }
 
 // add puts a container under its plan's hooks: from the execve of its program on, if that
@@ -232,7 +232,7 @@ func (p *programs) count(in *instance) {
 		g.mu.Lock()
 		g.enforcer = nil
 		g.mu.Unlock()
-		in.supervised.Unhooked(fmt.Errorf("BPF programs for phases: %w", err))
+		in.supervised.Unhooked(fmt.Errorf("%w (create the container anew)", err))
 		return
 	}
 	next := map[string]uint64{}

@@ -395,8 +395,9 @@ func (c *phaseCompiler) call(b *builder, name string, always, ever region) {
 	// Where the union is what all allow, or a hook tells the rest apart, the filter
 	// allows it.
 	alike, err := ever.within(always)
-	// See findHooks.
-	if slices.Contains(beginsPhases, name) && len(c.notified) > 0 {
+	// See findHooks. Programs may have to be there before the execve: the supervisor sees
+	// to that.
+	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Hooks) > 0 && c.host.Notify) {
 		c.notified[name] = true
 		b.add(name, specs.ActNotify, [][]specs.LinuxSeccompArg{nil})
 		return
@@ -550,9 +551,6 @@ func (c *phaseCompiler) tell(name string, always region) {
 
 // gaps lists what was asked for and isn't had.
 func (c *phaseCompiler) gaps(o PhaseOptions) {
-	c.ringGaps()
-	c.fileGaps()
-	c.networkGaps()
 	if !c.host.Notify && len(c.unenforced) > 0 {
 		var starts []string
 		byPhases := map[string][]string{}

@@ -255,6 +255,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
 		},
+		Ready: func() error { return p.programs.ready(in) },
 		Began: func() {
 			if err := p.keepPhase(in, func(now *phaseNow) { now.Began = true }); err != nil {
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")

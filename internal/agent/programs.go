@@ -21,7 +21,8 @@ import (
 // its program runs; what the runtime does up to the execve is let alone, and so is what
 // it does for an exec. In this order, with what a kill right after a step leaves:
 //
-//	journal: the tag      → no program denies anything; the next process says so
+//	plan                  → the execve of its program is denied: see ready
+//	journal: the tag      → the same
 //	bpf Add, under it     → denied, and found again by the tag
 //	…                     each switch: the journal's phase, then the programs'; a kill
 //	                        between leaves the earlier one until the next process
@@ -70,6 +71,18 @@ func (p *programs) Close() error {
 
 // guarded says whether programs have a part in an instance's phases.
 func (in *instance) guarded() bool { return in.guard.plan != nil }
+
+// ready keeps a container's program from being executed without the programs: the daemon
+// was dead when it was started, or the runtime went on after an error.
+func (p *programs) ready(in *instance) error {
+	p.a.mu.Lock()
+	ran := in.Ran
+	p.a.mu.Unlock()
+	if !in.guarded() || in.guard.holds() || ran || in.kept.began() || in.Decision.Failure == policy.FailureRuntimeDefault {
+		return nil
+	}
+	return errors.New("BPF programs for phases don't look at it: syslatchd was not there when it was started, or refused it (create it anew)")
+}
 
 // find gives an instance, of which an earlier process left a tag, its programs again.
 func (p *programs) find(in *instance, plan *profiles.PhasePlan, now *phaseNow) error {

@@ -170,6 +170,11 @@ func TestProgramsAreMissed(t *testing.T) {
 	if _, err := w.start("c3"); err != nil {
 		t.Errorf("with new pins: %v", err)
 	}
+	// What was never told is not executed.
+	ready := w.a.phases.programs.ready
+	if c2, c3 := w.a.instance("c2"), w.a.instance("c3"); c2 == nil || ready(c2) == nil || ready(c3) != nil {
+		t.Errorf("ready: c2 %v, c3 %v", c2, ready(c3))
+	}
 	// What runs goes on where there are none at all.
 	w.close()
 	w.policy.BPFFS = t.TempDir() + "/syslatch"

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/profiles"
@@ -50,6 +51,9 @@ type Instance struct {
 	// Keep keeps a phase and its generation for a later process, before they are in
 	// force. nil: nobody does.
 	Keep func(phase string, generation uint64) error
+	// Ready is asked before a chain's first execve goes on. Its error denies that: what
+	// enforces the phases is not there.
+	Ready func() error
 	// Began is told the first execve, once.
 	Began func()
 	// Limits sets what limits a phase has.
@@ -439,7 +443,15 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		if !goOn {
 			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
 		}
-		if name, _ := seccomp.Name(n.ABI, n.Number); goOn && (name == "execve" || name == "execveat") {
+		name, _ := seccomp.Name(n.ABI, n.Number)
+		begins := name == "execve" || name == "execveat"
+		if goOn && begins && c.sv.in.Ready != nil {
+			if err := c.sv.in.Ready(); err != nil {
+				c.sv.log.WithError(err).Error("an instance's program is not executed")
+				goOn, errno = false, uint(unix.EPERM)
+			}
+		}
+		if goOn && begins {
 			// An answer that comes too late, because of a signal, has the call made again.
 			n.Accepted = func() {
 				c.starting = false

@@ -241,6 +241,22 @@ func TestStart(t *testing.T) {
 	}
 }
 
+// Nothing is executed before what enforces is there.
+func TestReady(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	missing := errors.New("no programs")
+	f.in.Ready = func() error { return missing }
+	f.Supervised.Serve(l)
+	if l.ask(t, "execve", false) || !l.ask(t, "setuid", false) {
+		t.Error("executed before it is ready, or the start has ended by that")
+	}
+	missing = nil
+	if !l.ask(t, "execve", false) || l.ask(t, "setuid", false) {
+		t.Error("not executed")
+	}
+}
+
 // What the kernel's programs deny counts, and that they are gone is said, once.
 func TestPrograms(t *testing.T) {
 	f := newFixture(t)

@@ -84,6 +84,7 @@ testbin: deps build
 	CGO_ENABLED=0 GOARCH=386 go build -o $(TESTBIN)/odd386 ./test/podman/odd
 	gcc -O1 -static -o $(TESTBIN)/forms test/workloads/forms/forms.c
 	gcc -m32 -O1 -ffreestanding -fno-pic -no-pie -nostdlib -static -o $(TESTBIN)/compat test/workloads/compat/compat.c
+	gcc -O1 -static -o $(TESTBIN)/attacks test/workloads/attacks/attacks.c
 	gcc -O1 -static -pthread -o $(TESTBIN)/injected test/workloads/injected/injected.c
 	for p in ./bpf ./internal/cgroup ./internal/inject ./internal/seccomp ./internal/store ./contrib ./cmd/syslatch ./test/oracle ./test/e2e ./test/podman; do \
 		go test -c -o $(TESTBIN)/$$(basename $$p).test $$p; done

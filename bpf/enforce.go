@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -325,6 +326,28 @@ func (e *Enforcer) Set(h PhaseHandle, phase uint8) error {
 			return nil
 		}
 	}
+}
+
+// Own lets every phase send to, and receive from, what is connected to a unix socket's
+// listener that is bound to a file. Whether it may connect is the phase's business.
+func (e *Enforcer) Own(h PhaseHandle, socket string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(socket, &st); err != nil {
+		return &fs.PathError{Op: "lstat", Path: socket, Err: err}
+	}
+	release, err := e.acquire()
+	if err != nil {
+		return err
+	}
+	defer release()
+	s, err := e.slot(h)
+	if err != nil {
+		return err
+	}
+	atomic.StoreUint64(&s.OwnIno, 0)
+	atomic.StoreUint32(&s.OwnDev, unix.Major(st.Dev)<<20|unix.Minor(st.Dev)) // the kernel's form
+	atomic.StoreUint64(&s.OwnIno, st.Ino)
+	return nil
 }
 
 // Remove ends an instance: nothing is denied to its tasks any more.

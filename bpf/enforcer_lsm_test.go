@@ -548,6 +548,49 @@ func TestPhaseEntering(t *testing.T) {
 	noErrors(t, e)
 }
 
+// What is connected to the instance's own socket is used in every phase.
+func TestPhaseOwnSocket(t *testing.T) {
+	needLSM(t)
+	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
+	cg, dir := newCgroup(t), files(t)
+	silent := bpf.AnyPhase()
+	silent.Send, silent.Receive, silent.Connect = 0, 0, false
+	h := add(t, e, cg, bpf.PhaseSet{0: bpf.AnyPhase(), 1: silent}, bpf.EnforceOptions{})
+	k := startTask(t, cg)
+	var fds []int
+	for _, name := range []string{"own", "other"} {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		fd := k.want(0, op{Do: "socket", Kind: unix.AF_UNIX, Flags: stream})
+		k.want(0, op{Do: "connect", FD: fd, Addr: "unix:" + filepath.Join(dir, name)})
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		fds = append(fds, fd)
+	}
+	if err := e.Own(h, filepath.Join(dir, "own")); err != nil {
+		t.Fatal(err)
+	}
+	set(t, e, h, 1)
+	for i, want := range []unix.Errno{0, eperm} {
+		for _, do := range []string{"write", "read", "send", "recv"} {
+			k.want(want, op{Do: do, FD: fds[i]})
+		}
+	}
+	again := k.want(0, op{Do: "socket", Kind: unix.AF_UNIX, Flags: stream})
+	k.want(eperm, op{Do: "connect", FD: again, Addr: "unix:" + filepath.Join(dir, "own")})
+	k.ends()
+	noErrors(t, e)
+}
+
 // Calls on sockets, by phase.
 func TestPhaseSocketCalls(t *testing.T) {
 	needLSM(t)

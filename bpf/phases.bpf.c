@@ -541,6 +541,25 @@ static __always_inline int is_pair(struct sock *sk)
 	return peer && !BPF_CORE_READ(peer, addr);
 }
 
+/* A socket that is connected to the instance's own, whose listener is bound there:
+ * who may not connect may go on to speak.
+ */
+static __always_inline int is_own(struct found *f, struct sock *sk)
+{
+	struct phase_slot *s = bpf_map_lookup_elem(&phase_slots, &f->slot);
+	struct unix_sock *u = (void *)sk, *peer;
+	struct inode *inode;
+
+	if (!s || !s->own_ino)
+		return 0;
+	peer = (void *)BPF_CORE_READ(u, peer);
+	if (!peer)
+		return 0;
+	inode = BPF_CORE_READ(peer, path.dentry, d_inode);
+	return inode && BPF_CORE_READ(inode, i_ino) == s->own_ino &&
+	       BPF_CORE_READ(inode, i_sb, s_dev) == s->own_dev;
+}
+
 /* Whether a socket that is there may send, or receive: to the address that is
  * given, and where it is connected.
  */
@@ -553,7 +572,7 @@ static __noinline int may_use(struct found *f, struct sock *sk, int sends,
 	if (!f || !f->rules)
 		return 0;
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	if (family == AF_UNIX && !address && is_pair(sk))
+	if (family == AF_UNIX && !address && (is_pair(sk) || is_own(f, sk)))
 		return 1;
 	may = sends ? f->rules->send : f->rules->receive;
 	if (family > 63 || !(may & (1ULL << family)))

@@ -111,6 +111,8 @@ struct phase_slot {
 	__u32 mount_ns; /* in which trees mean something; 0: the task's own */
 	__u32 known;	/* phases that have rules, a bit for each */
 	__u32 entered;	/* by others' processes: see phase_entry */
+	__u32 own_dev;	/* of the socket that every phase may speak to, */
+	__u64 own_ino;	/* and its inode; 0: there is none */
 	struct phase_rules rules[PHASE_SETS];
 };
 

@@ -148,6 +148,9 @@ type phasesPhaseSlot struct {
 	MountNs    uint32
 	Known      uint32
 	Entered    uint32
+	OwnDev     uint32
+	_          [4]byte
+	OwnIno     uint64
 	Rules      [8]phasesPhaseRules
 }
 

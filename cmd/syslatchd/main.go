@@ -120,7 +120,7 @@ const holderCommand = "internal-holder"
 func newHolderCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: holderCommand + " STATEDIR", Hidden: true, Args: cobra.ExactArgs(1),
-		RunE: func(*cobra.Command, []string) error { return holder.Serve() },
+		RunE: func(c *cobra.Command, _ []string) error { return holder.Serve(c.Context()) },
 	}
 }
 
@@ -341,8 +341,8 @@ func newAgent(p *policy.File, log *logrus.Entry) (*agent.Agent, error) {
 		cmd := exec.Command("/proc/self/exe", holderCommand, p.StateDir)
 		cmd.Args[0] = "syslatchd"
 		return cmd
-	}, Inside: func(s *phase.Supervisor, id, socket string) (io.Closer, error) {
-		return (&phaseapi.Inside{ID: id, Phases: s, Log: log}).Start(socket)
+	}, Inside: func(s *phase.Supervisor, id, socket string, admit func(pid int) error) (io.Closer, error) {
+		return (&phaseapi.Inside{ID: id, Phases: s, Log: log, Admit: admit}).Start(socket)
 	}})
 }
 

@@ -218,7 +218,7 @@ func openRecorder(h *cgroup.Hierarchy, bpffs string) (*bpf.Recorder, error) {
 // newAgent is an agent without a recorder that has not begun.
 func newAgent(p *policy.File, opts Options, s versions, j *journal, h host) *Agent {
 	a := &Agent{
-		policy: p, log: opts.Log, check: opts.Check,
+		policy: p, log: opts.Log, check: (&checks{check: opts.Check}).do,
 		store: s, journal: j, host: h,
 		collected: make(chan struct{}),
 		blocked:   make(chan struct{}, maxBlocked),
@@ -244,6 +244,7 @@ func (a *Agent) begin() error {
 	if a.phases != nil {
 		a.spawn("accept listeners", a.phases.accept)
 		a.spawn("count what BPF programs deny", a.phases.programs.watch)
+		a.spawn("compile phases", a.phases.prepare)
 	}
 	a.collectHooks()
 	return nil

@@ -103,7 +103,12 @@ func (s *supervisor) compile(ctx context.Context, c policy.Container, d *policy.
 	if err != nil {
 		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
 	}
-	return compilePhases(d, &instancePhases{Host: answer.Host, Newer: answer.Newer, Runtime: runtime, inside: answer.Inside}, s.socket)
+	ip := &instancePhases{Host: answer.Host, Newer: answer.Newer, Runtime: runtime, inside: answer.Inside}
+	is, err := inputOf(d, ip).compile()
+	if err != nil {
+		return nil, nil, err
+	}
+	return filterOf(d, ip, is, s.socket)
 }
 
 // supervise tells the daemon of an instance that is in the journal with its cgroup. Its
@@ -166,7 +171,7 @@ func (p *phasing) adopt(id string) error {
 	case in == nil || in.Phases == nil || in.CgroupID == 0 || in.Container.PID <= 0:
 		return fmt.Errorf("container %s: the hooks' journal has no created instance with phases (has syslatchd the same stateDir as the hook?)", id)
 	}
-	if err := sameFilter(in); err != nil {
+	if err := p.sameFilter(in); err != nil {
 		return err
 	}
 	p.adopting.Lock()
@@ -201,9 +206,9 @@ func (p *phasing) adopt(id string) error {
 // sameFilter says whether this process compiles an instance's phases as its hook did:
 // after an upgrade the hook may be newer than the daemon, and the tables of the one are
 // not for the filter of the other.
-func sameFilter(in *instance) error {
-	_, plan, err := phasesOf(&in.Decision, in.Phases)
-	if err == nil && seccompDigest(plan.Profile) != in.Phases.Filter {
+func (p *phasing) sameFilter(in *instance) error {
+	is, err := p.plans.of(&in.Decision, in.Phases)
+	if err == nil && seccompDigest(is.plan.Profile) != in.Phases.Filter {
 		err = errors.New("syslatch-hook is of another version, which makes another filter of the same phases (systemctl restart syslatchd)")
 	}
 	return err

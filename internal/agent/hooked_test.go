@@ -179,8 +179,12 @@ func TestHookMakesTheSameFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ip, _, err := compilePhases(&d, &instancePhases{Host: profiles.PhaseHost{Notify: true}}, "/socket")
+	ip := &instancePhases{Host: profiles.PhaseHost{Notify: true}}
+	is, err := inputOf(&d, ip).compile()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if ip, _, err = filterOf(&d, ip, is, "/socket"); err != nil {
 		t.Fatal(err)
 	}
 	data, err := json.Marshal(&instance{Decision: d, Phases: ip})
@@ -200,7 +204,7 @@ func TestHookMakesTheSameFilter(t *testing.T) {
 		if err := json.Unmarshal([]byte(changed), in); err != nil {
 			t.Fatal(err)
 		}
-		if err := sameFilter(in); tc.says == "" && err != nil || tc.says != "" && (err == nil || !strings.Contains(err.Error(), tc.says)) {
+		if err := (&phasing{}).sameFilter(in); tc.says == "" && err != nil || tc.says != "" && (err == nil || !strings.Contains(err.Error(), tc.says)) {
 			t.Errorf("%s: %v, want %q", tc.to, err, tc.says)
 		}
 	}

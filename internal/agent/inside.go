@@ -11,9 +11,11 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 )
@@ -25,8 +27,9 @@ const insideDir = "/run/syslatch"
 
 const insideSocket = "phase.sock"
 
-// ServeInside serves one instance's own socket until what it returns is closed.
-type ServeInside func(s *phase.Supervisor, id, socket string) (io.Closer, error)
+// ServeInside serves one instance's own socket until what it returns is closed. admit
+// says no to the process that connected.
+type ServeInside func(s *phase.Supervisor, id, socket string, admit func(pid int) error) (io.Closer, error)
 
 // insideOf is a directory of this host for one container, short enough for a socket's
 // path. A container of the hooks' has one for each run: the daemon and a hook may be
@@ -68,11 +71,44 @@ func (p *phasing) serveInside(in *instance) error {
 	if err := makeInside(dir); err != nil {
 		return err
 	}
-	server, err := p.inside(p.supervisor, in.Container.ID, filepath.Join(dir, insideSocket))
+	server, err := p.inside(p.supervisor, in.Container.ID, filepath.Join(dir, insideSocket), func(pid int) error { return p.belongs(in, pid) })
 	if err != nil {
 		return fmt.Errorf("socket of the container: %w", err)
 	}
 	p.a.change(func() { in.inside = server })
+	return p.programs.own(in)
+}
+
+// belongs says no to a process that isn't in an instance's cgroup, or below it.
+//
+// BUG(phases): with cgroup v1 alone there are no ids to tell: all are let in. They can
+// tighten the instance.
+func (p *phasing) belongs(in *instance, pid int) error {
+	p.a.mu.Lock()
+	own := in.CgroupID
+	p.a.mu.Unlock()
+	id, err := p.kernel.CgroupOf(pid)
+	switch {
+	case errors.Is(err, cgroup.ErrNoV2):
+		return nil
+	case err != nil:
+		return err
+	case id == own:
+		return nil
+	case own == 0:
+		return errNoCgroup
+	}
+	above, err := p.kernel.Path(own)
+	if err != nil {
+		return err
+	}
+	path, err := p.kernel.Path(id)
+	if err != nil {
+		return err
+	}
+	if !strings.HasPrefix(path, above+"/") {
+		return fmt.Errorf("process %d is in cgroup %s", pid, path)
+	}
 	return nil
 }
 

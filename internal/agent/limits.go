@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -22,8 +22,9 @@ import (
 // limits are the limits of one container that phases change. A phase that has none
 // for a file gets back what the file held before any phase changed it.
 type limits struct {
-	mu       sync.Mutex
-	original []limitValue // guarded by mu
+	turn     chan struct{} // has a token while limits are set
+	original []limitValue  // with the turn
+	write    func(kernelHost, *cgroup.Process, adjust.Expectation) error
 }
 
 // limitValue is a file of the container's cgroup, or of /proc/PID, and what it held.
@@ -38,25 +39,44 @@ func (v *limitValue) of(e *adjust.Expectation) bool {
 	return v.Source == e.Source && v.Controller == e.Controller && v.File == e.File
 }
 
-func (l *limits) snapshot() []limitValue {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return slices.Clone(l.original)
+// begin comes before all else.
+func (l *limits) begin(original []limitValue) {
+	l.turn, l.original, l.write = make(chan struct{}, 1), original, writeLimit
 }
 
-func (l *limits) restore(original []limitValue) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.original = original
+// within sets limits, and gives up when ctx ends: a write to memory.max takes as long
+// as the kernel takes to reclaim. What hangs then is waited for by the next who sets
+// limits, and sets nothing more: no write of a phase comes behind those of a later one.
+func (l *limits) within(ctx context.Context, a *Agent, set func() error) error {
+	late := func() error {
+		return fmt.Errorf("not set in time (the kernel may still be reclaiming memory; ask for the phase again): %w", ctx.Err())
+	}
+	select {
+	case l.turn <- struct{}{}:
+	case <-ctx.Done():
+		return late()
+	}
+	done := make(chan error, 1) // buffered: nobody may wait for it any more
+	if !a.spawn("set limits", func() {
+		defer func() { <-l.turn }()
+		done <- a.safely("set limits", set)
+	}) {
+		<-l.turn
+		return errClosed
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return late()
+	}
 }
 
 // set writes what is wanted of a container whose first process is pid, and puts back
 // what isn't wanted any more, then reads both back. keep is given what files held
 // before, as soon as that is known. On v1 the order of some writes matters (memory and
-// memory.memsw), so what fails is tried again after the others.
-func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation, keep func([]limitValue) error) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+// memory.memsw), so what fails is tried again after the others. The caller has the turn.
+func (l *limits) set(ctx context.Context, h kernelHost, pid int, want []adjust.Expectation, keep func([]limitValue) error) error {
 	p, err := cgroup.OpenProcess(pid)
 	if err != nil {
 		return err
@@ -92,15 +112,21 @@ func (l *limits) set(h kernelHost, pid int, want []adjust.Expectation, keep func
 			todo = append(todo, adjust.Expectation{Source: v.Source, Controller: v.Controller, File: v.File, Want: v.Content, Rule: adjust.RuleEqual})
 		}
 	}
+	write := func(e adjust.Expectation) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return l.write(h, p, e)
+	}
 	var left []adjust.Expectation
 	for _, e := range todo {
-		if err := writeLimit(h, p, e); err != nil {
+		if err := write(e); err != nil {
 			left = append(left, e)
 		}
 	}
 	var errs []error
 	for _, e := range left {
-		if err := writeLimit(h, p, e); err != nil && (!e.Optional || !errors.Is(err, fs.ErrNotExist)) {
+		if err := write(e); err != nil && (!e.Optional || !errors.Is(err, fs.ErrNotExist)) {
 			errs = append(errs, err)
 		}
 	}

@@ -34,6 +34,7 @@ type phasing struct {
 	host       profiles.PhaseHost
 	newer      []string
 	programs   programs
+	plans      plans
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
 
@@ -188,17 +189,6 @@ type instancePhases struct {
 	inside bool // the daemon serves sockets inside containers
 }
 
-// phasesOf are a decision's phases and what they compile to.
-func phasesOf(d *policy.Decision, ip *instancePhases) (*profiles.PhaseSet, *profiles.PhasePlan, error) {
-	p := policy.Policy{MustAllow: d.MustAllow, MustDeny: d.MustDeny, Phases: d.Phases}
-	set := p.Set()
-	plan, err := profiles.CompilePhases(set, ip.Host, profiles.PhaseOptions{Architectures: d.Architectures, NewerThanKernel: ip.Newer})
-	if err != nil {
-		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
-	}
-	return set, plan, nil
-}
-
 // compiler makes the filter of a decision's phases, or says what can't be enforced, for
 // who supervises them.
 type compiler interface {
@@ -206,24 +196,22 @@ type compiler interface {
 }
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
-	return compilePhases(d, &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}, p.socket)
-}
-
-// compilePhases: socket is where runtimes send listeners.
-func compilePhases(d *policy.Decision, ip *instancePhases, socket string) (*instancePhases, *profiles.PhasePlan, error) {
-	_, plan, err := phasesOf(d, ip)
+	ip := &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}
+	is, err := p.plans.of(d, ip)
 	if err != nil {
 		return nil, nil, err
 	}
-	gaps := append(plan.Gaps, limitGapsOf(d, ip.Runtime)...)
+	return filterOf(d, ip, is, p.socket)
+}
+
+// filterOf: socket is where runtimes send listeners.
+func filterOf(d *policy.Decision, ip *instancePhases, is *compiled, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	gaps := slices.Concat(is.plan.Gaps, limitGapsOf(d, ip.Runtime))
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
 	}
-	ip.Filter = seccompDigest(plan.Profile)
-	if plan.Listener {
-		plan.Profile.ListenerPath = socket
-	}
-	return ip, plan, nil
+	ip.Filter = seccompDigest(is.plan.Profile)
+	return ip, is.filter(socket), nil
 }
 
 // limitGapsOf are the phases whose limits can't be set.
@@ -239,18 +227,18 @@ func limitGapsOf(d *policy.Decision, runtime adjust.Runtime) (gaps []profiles.Ph
 
 // supervise adds an instance to the supervisor, where an earlier process left it.
 func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, error) {
-	set, plan, err := phasesOf(&in.Decision, in.Phases)
+	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
 	}
-	lost := p.programs.find(in, plan, &now)
-	in.limits.restore(now.Original)
+	lost := p.programs.find(in, is.plan, &now)
+	in.limits.begin(now.Original)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
 	in.supervised, err = p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
-		Set: set, Plan: plan, Initial: now.Phase, Generation: now.Generation,
+		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
 		Barrier: &in.barrier, Hooks: in.guard.hooks(),
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
@@ -261,8 +249,8 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
 			}
 		},
-		Limits:    func(_ context.Context, name string) error { return p.setLimits(in, name) },
-		Uncovered: uncovered(append(plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime)...)),
+		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
+		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
 	if err == nil && lost != nil {
 		in.supervised.Unhooked(lost)
@@ -384,7 +372,11 @@ func (p *phasing) begin(in *instance) error {
 }
 
 // setLimits sets what limits a phase has, and reads them back.
-func (p *phasing) setLimits(in *instance, name string) error {
+func (p *phasing) setLimits(ctx context.Context, in *instance, name string) error {
+	return in.limits.within(ctx, p.a, func() error { return p.setLimitsNow(ctx, in, name) })
+}
+
+func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) error {
 	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
 	want, err := adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
 	if err != nil {
@@ -405,7 +397,7 @@ func (p *phasing) setLimits(in *instance, name string) error {
 	case id != in.CgroupID:
 		return fmt.Errorf("process %d is not in the container's cgroup any more", pid)
 	}
-	return in.limits.set(p.kernel, pid, want, func(original []limitValue) error {
+	return in.limits.set(ctx, p.kernel, pid, want, func(original []limitValue) error {
 		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
 	})
 }
@@ -484,6 +476,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
+	now.Generation = max(now.Generation, 1) // it goes on
 	sv, err := a.phases.supervise(in, now)
 	if err != nil || unknown != nil {
 		// Served, it might do more than it may.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -150,7 +151,23 @@ func (p *programs) add(in *instance, pid int) (err error) {
 	if err := p.a.phases.keepPhase(in, func(now *phaseNow) { now.Tag = opts.Tag }); err != nil {
 		return err
 	}
-	return in.guard.add(p.enforcer, in.CgroupID, path, opts)
+	if err := in.guard.add(p.enforcer, in.CgroupID, path, opts); err != nil {
+		return err
+	}
+	return p.own(in)
+}
+
+// own lets the container speak to its own socket in every phase, once it is connected.
+func (p *programs) own(in *instance) error {
+	if in.inside == nil {
+		return nil
+	}
+	in.guard.mu.Lock()
+	defer in.guard.mu.Unlock()
+	if in.guard.enforcer == nil {
+		return nil
+	}
+	return in.guard.enforcer.Own(in.guard.handle, filepath.Join(insideOf(p.a.policy, in), insideSocket))
 }
 
 // remove ends what is denied to a container that has ended. Where any of its processes is

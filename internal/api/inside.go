@@ -13,8 +13,8 @@ import (
 )
 
 // Inside serves one instance on a socket of its own: GET and PUT of /v1/phase. Whoever
-// is in the container may ask, no instance can be named, and [Phases] is told that the
-// wish is phase.Inside's, which may only tighten.
+// Admit lets in may ask, no instance can be named, and [Phases] is told that the wish is
+// phase.Inside's, which may only tighten.
 //
 // The socket's directory is mounted into the container, read-only: the socket itself
 // would be that of a server that has ended, once the next one has made its own.
@@ -25,6 +25,9 @@ type Inside struct {
 	ID     string
 	Phases Phases
 	Log    *logrus.Entry
+	// Admit says no to the process that connected, which may have ended; nil: to none.
+	// It doesn't wait.
+	Admit func(pid int) error
 
 	limits limits // zero: insideLimits
 	now    func() time.Time
@@ -61,7 +64,26 @@ func (in *Inside) Serve(ctx context.Context, l *Listener) error {
 			return newProblem(http.StatusTooManyRequests, TypeBusy, "too many requests, wait a second")
 		},
 	}
-	return serve(ctx, l, h, nil)
+	return serve(ctx, l, h, in.admit(now))
+}
+
+// admit keeps out who only sees the socket: where containers share a pid namespace, that
+// of another is at /proc/PID/root.
+func (in *Inside) admit(now func() time.Time) func(peer) *Problem {
+	if in.Admit == nil {
+		return nil
+	}
+	told := newBucket(1, 10, now)
+	return func(p peer) *Problem {
+		err := in.Admit(int(p.pid))
+		if err == nil {
+			return nil
+		}
+		if told.take() { // the log isn't theirs to fill
+			in.Log.WithError(err).WithFields(logrus.Fields{"container": in.ID, "uid": p.uid, "pid": p.pid}).Warn("connection refused: not a process of the container")
+		}
+		return newProblem(http.StatusForbidden, TypeForbidden, "only processes of the container may ask here")
+	}
 }
 
 func (in *Inside) routes() []route {

@@ -119,6 +119,40 @@ func TestInsideServesAnyUserInIt(t *testing.T) {
 	}
 }
 
+func TestInsideKeepsOthersOut(t *testing.T) {
+	s := three()
+	asked := make(chan int, 10)
+	r := start(t, 0o666, func(ctx context.Context, l *Listener, log *logrus.Entry) error {
+		return (&Inside{ID: "c0ffee", Phases: s, Log: log, Admit: func(pid int) error {
+			asked <- pid
+			if len(asked) > 1 {
+				return errors.New("secret cgroup")
+			}
+			return nil
+		}}).Serve(ctx, l)
+	})
+	// A client's process is known by its connection, so each has one.
+	const request = "PUT /v1/phase HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 18\r\n\r\n{\"phase\":\"locked\"}"
+	own := uint32(os.Getuid())
+	first, got := relayAs(t, own, r.socket, request)
+	if !strings.HasPrefix(got, "HTTP/1.1 200 OK\r\n") {
+		t.Errorf("of the container: %s", got)
+	}
+	second, got := relayAs(t, own, r.socket, request)
+	if !strings.HasPrefix(got, "HTTP/1.1 403 Forbidden\r\n") || !strings.Contains(got, "only processes of the container") || strings.Contains(got, "secret") {
+		t.Errorf("of another: %s", got)
+	}
+	if a, b := <-asked, <-asked; a != first || b != second {
+		t.Errorf("asked about %d and %d, want %d and %d", a, b, first, second)
+	}
+	if n := len(s.Asked()); n != 1 {
+		t.Errorf("%d wishes were passed on", n)
+	}
+	if !strings.Contains(r.log.String(), "secret cgroup") {
+		t.Errorf("log: %s", r.log)
+	}
+}
+
 func TestInsideIsRateLimited(t *testing.T) {
 	at := &clock{at: apitest.Time}
 	r := startInside(t, three(), at.now, limits{})

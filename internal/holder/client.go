@@ -91,8 +91,8 @@ func launch(ctx context.Context, socket string, start Start) error {
 	return nil
 }
 
-// Serve is the body of a holder's process; see [Start].
-func Serve() error {
+// Serve is the body of a holder's process; see [Start] and [Run].
+func Serve(ctx context.Context) error {
 	file, ready := os.NewFile(3, "socket"), os.NewFile(4, "ready")
 	syscall.CloseOnExec(4)
 	l, err := net.FileListener(file)
@@ -107,7 +107,7 @@ func Serve() error {
 		return errors.Join(fmt.Errorf("descriptor 3 is a %T", l), l.Close())
 	}
 	u.SetUnlinkOnClose(false) // a successor may have bound the path
-	return Run(u, ready)
+	return Run(ctx, u, ready)
 }
 
 // Close disconnects. What is held stays so.

@@ -6,7 +6,8 @@
 // until the next syslatchd serves it.
 //
 // The holder is a process of its own that does nothing else ([Run]). It is started by
-// the first [Open] and ends by itself when it holds nothing and nobody is connected.
+// the first [Open] and ends by itself when it holds nothing and nobody is connected; at
+// a SIGTERM, as of a machine that is shut down, as soon as it holds nothing.
 // A descriptor that polls POLLHUP, as that of a listener without tasks, it lets go of.
 //
 //	h, err := holder.Open(ctx, socket, start)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,7 +25,9 @@ const roleEnv = "SYSLATCH_TEST_HOLDER"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(roleEnv) != "" {
-		if err := Serve(); err != nil {
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+		defer stop()
+		if err := Serve(ctx); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -164,6 +167,47 @@ func TestKeep(t *testing.T) {
 		t.Error(err)
 	}
 	gone(t, second.Process.Pid)
+}
+
+// TestTerminated: a holder that is asked to end goes when it holds nothing, be somebody
+// connected or not, and not before.
+func TestTerminated(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "holder.sock")
+	var cmd *exec.Cmd
+	c, err := Open(t.Context(), socket, starter(&cmd))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	r, w := pipe(t)
+	if err := c.Keep("a 1", r); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	// Until the signal has been seen, and for a while after that.
+	for deadline := time.Now().Add(idle / 4 * 3); time.Now().Before(deadline); {
+		if got := names(t, c); len(got) != 1 {
+			t.Fatalf("held: %v", got)
+		}
+		<-time.After(20 * time.Millisecond)
+	}
+	w.Close() // hangs up
+	gone(t, cmd.Process.Pid)
+	if err := c.Keep("b 1", r); err == nil {
+		t.Error("kept by a holder that has ended")
+	}
+
+	empty := filepath.Join(t.TempDir(), "holder.sock")
+	if c, err = Open(t.Context(), empty, starter(&cmd)); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, cmd.Process.Pid)
 }
 
 // TestKilled: a holder that is killed is an error, not a hang.

@@ -3,6 +3,7 @@
 package holder
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -28,13 +29,17 @@ type keeper struct {
 	files     map[string]*os.File // guarded by mu
 	connected int                 // guarded by mu
 	since     time.Time           // guarded by mu: nothing to do since then
+	asked     bool                // guarded by mu: to end
+	over      bool                // guarded by mu: nothing is kept any more
 	changed   chan struct{}       // gets a token when there may be something else to poll
 }
 
 // Run is the holder: it serves a listening socket of the kind "unixpacket" until it
-// holds nothing and nobody is connected; what is left of the socket's file the next
-// [Open] removes. It sends a byte to ready, if that is not nil, as soon as it serves.
-func Run(l *net.UnixListener, ready *os.File) error {
+// holds nothing and nobody is connected, or once ctx has ended, until it holds nothing:
+// what it holds is worth more than the wish that it end. What is left of the socket's
+// file the next [Open] removes. It sends a byte to ready, if that is not nil, as soon as
+// it serves.
+func Run(ctx context.Context, l *net.UnixListener, ready *os.File) error {
 	k := &keeper{files: map[string]*os.File{}, since: time.Now(), changed: make(chan struct{}, 1)}
 	if ready != nil {
 		_, err := ready.Write([]byte{1})
@@ -42,6 +47,7 @@ func Run(l *net.UnixListener, ready *os.File) error {
 			return errors.Join(err, l.Close())
 		}
 	}
+	defer context.AfterFunc(ctx, k.end)()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -64,6 +70,20 @@ func Run(l *net.UnixListener, ready *os.File) error {
 			defer c.Close()
 			k.serve(c)
 		}()
+	}
+}
+
+func (k *keeper) end() {
+	k.mu.Lock()
+	k.asked = true
+	k.mu.Unlock()
+	k.look()
+}
+
+func (k *keeper) look() {
+	select {
+	case k.changed <- struct{}{}:
+	default:
 	}
 }
 
@@ -121,6 +141,10 @@ func (k *keeper) keep(name string, f *os.File) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.over {
+		f.Close()
+		return errors.New("the holder ends")
+	}
 	old := k.files[name]
 	if old == nil && len(k.files) >= most {
 		f.Close()
@@ -130,10 +154,7 @@ func (k *keeper) keep(name string, f *os.File) error {
 	if old != nil {
 		old.Close()
 	}
-	select {
-	case k.changed <- struct{}{}:
-	default:
-	}
+	k.look()
 	return nil
 }
 
@@ -176,7 +197,8 @@ func (k *keeper) sweep() (over bool) {
 			k.since = time.Now()
 		}
 	}
-	return len(k.files) == 0 && k.connected == 0 && time.Since(k.since) > idle
+	k.over = len(k.files) == 0 && (k.asked || k.connected == 0 && time.Since(k.since) > idle)
+	return k.over
 }
 
 func hungUp(f *os.File) bool {

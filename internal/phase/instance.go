@@ -40,9 +40,10 @@ type Instance struct {
 
 	Set     *profiles.PhaseSet
 	Plan    *profiles.PhasePlan
-	Initial string // phase to begin in; empty is Set's
-	// Generation of that, 0 for 1: an instance that an earlier process supervised goes
-	// on.
+	Tables  map[string]*profiles.PhaseTable // of Plan, see [Tables]; nil: they are made
+	Initial string                          // phase to begin in; empty is Set's
+	// Generation of that, for an instance that an earlier process supervised; 0 for one
+	// that begins, with 1.
 	Generation uint64
 
 	Barrier Barrier
@@ -86,6 +87,16 @@ type Supervised struct {
 	broken map[string]string // guarded by mu: what failed for good, by what it concerns
 }
 
+// Tables are what is answered in each phase of a plan, StartPhase among them. Instances
+// of one plan can share them.
+func Tables(plan *profiles.PhasePlan) map[string]*profiles.PhaseTable {
+	out := map[string]*profiles.PhaseTable{}
+	for _, phase := range append([]string{profiles.StartPhase}, plan.Phases...) {
+		out[phase] = plan.Table(phase, seccomp.Number)
+	}
+	return out
+}
+
 func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 	if in.Initial == "" {
 		in.Initial = in.Set.Initial
@@ -97,18 +108,18 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 		return nil, errors.New("no barrier: calls that are blocked in the kernel at a switch would not be judged again")
 	}
 	sv := &Supervised{
-		in: in, s: s, turn: make(chan struct{}, 1), tables: map[string]*profiles.PhaseTable{}, broken: map[string]string{},
+		in: in, s: s, turn: make(chan struct{}, 1), tables: in.Tables, broken: map[string]string{},
 		log: s.opts.Log.WithFields(logrus.Fields{"instance": in.ID, "policy": in.Policy}),
 	}
-	for _, phase := range append([]string{profiles.StartPhase}, in.Plan.Phases...) {
-		sv.tables[phase] = in.Plan.Table(phase, seccomp.Number)
+	if sv.tables == nil {
+		sv.tables = Tables(in.Plan)
 	}
 	sv.ctx, sv.cancel = context.WithCancel(context.Background())
 	sv.denials.report, sv.denials.stop = sv.reportDenied, make(chan struct{})
 	return sv, nil
 }
 
-// begin is the first phase, of which no task is yet.
+// begin is the first phase, of which no task is yet, or the one to go on with.
 func (sv *Supervised) begin() error {
 	to := sv.in.Initial
 	if sv.in.Hooks != nil {
@@ -124,7 +135,11 @@ func (sv *Supervised) begin() error {
 	}
 	sv.whole = true
 	sv.mu.Unlock()
-	sv.emit(Event{Kind: Begun, To: to})
+	kind := Begun
+	if sv.in.Generation != 0 {
+		kind = Resumed
+	}
+	sv.emit(Event{Kind: kind, To: to})
 	return nil
 }
 

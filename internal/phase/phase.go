@@ -61,6 +61,7 @@ type Kind string
 
 const (
 	Begun    Kind = "begun"    // an instance is supervised; To is its first phase
+	Resumed  Kind = "resumed"  // one that an earlier process supervised is again, in To
 	Switched Kind = "switched" // the phase To holds
 	Refused  Kind = "refused"  // a switch to To; nothing has changed
 	Failed   Kind = "failed"   // a switch to To was begun and could not be finished

@@ -515,6 +515,23 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// TestResume: an instance that an earlier process supervised doesn't begin again.
+func TestResume(t *testing.T) {
+	f := newFixture(t)
+	in := f.Supervised.in
+	in.ID, in.Initial, in.Generation = "k", "network", 3
+	sv, err := f.Add(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := sv.Status(); st.Phase != "network" || st.Generation != 3 {
+		t.Errorf("%+v", st)
+	}
+	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "resumed network"}) {
+		t.Errorf("events: %v", got)
+	}
+}
+
 func TestAddRefuses(t *testing.T) {
 	f := newFixture(t)
 	in := f.Supervised.in

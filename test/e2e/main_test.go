@@ -63,7 +63,11 @@ func runTests(m *testing.M) (_ int, err error) {
 			return 0, err
 		}
 	}
-	busybox, err = harness.Busybox(scratch, map[string]string{"bin/allcalls": filepath.Join(programs, "allcalls")})
+	extra := map[string]string{}
+	for _, name := range []string{"allcalls", "attacks"} {
+		extra["bin/"+name] = filepath.Join(programs, name)
+	}
+	busybox, err = harness.Busybox(scratch, extra)
 	if err != nil {
 		return 0, err
 	}
@@ -90,14 +94,15 @@ func runTests(m *testing.M) (_ int, err error) {
 
 func build(dir string) error {
 	for _, b := range []struct {
-		env []string
-		pkg []string
+		env  []string
+		args []string
 	}{
-		{nil, []string{"../../cmd/syslatch", "../../cmd/syslatchd"}},
+		{nil, []string{"go", "build", "-o", dir + "/", "../../cmd/syslatch", "../../cmd/syslatchd"}},
 		// Workloads run in an image without libraries.
-		{[]string{"CGO_ENABLED=0"}, []string{"../workloads/allcalls", "../workloads/goapp"}},
+		{[]string{"CGO_ENABLED=0"}, []string{"go", "build", "-o", dir + "/", "../workloads/allcalls", "../workloads/goapp"}},
+		{nil, []string{"gcc", "-O1", "-static", "-o", dir + "/attacks", "../workloads/attacks/attacks.c"}},
 	} {
-		cmd := exec.Command("go", append([]string{"build", "-o", dir + "/"}, b.pkg...)...)
+		cmd := exec.Command(b.args[0], b.args[1:]...)
 		cmd.Env = append(os.Environ(), b.env...)
 		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 		if err := cmd.Run(); err != nil {

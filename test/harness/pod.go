@@ -104,6 +104,7 @@ type ContainerOptions struct {
 	NoNewPrivs bool
 	Privileged bool
 	Mounts     []*runtimeapi.Mount
+	SharedPID  bool // in the sandbox's pid namespace; the pod has to be SharedPID, too
 }
 
 // Container is a CRI container.
@@ -127,6 +128,10 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 		seccomp = &runtimeapi.SecurityProfile{ProfileType: o.Seccomp, LocalhostRef: o.SeccompRef}
 	}
 	log := fmt.Sprintf("%s-%d.log", o.Name, p.host.counter)
+	pid := runtimeapi.NamespaceMode_CONTAINER
+	if o.SharedPID {
+		pid = runtimeapi.NamespaceMode_POD
+	}
 	config := &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: o.Name, Attempt: uint32(p.host.counter)},
 		Image:    &runtimeapi.ImageSpec{Image: o.Image, UserSpecifiedImage: o.Image}, // CRI-O insists on both
@@ -138,7 +143,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 		},
 		Linux: &runtimeapi.LinuxContainerConfig{
 			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE, Pid: runtimeapi.NamespaceMode_CONTAINER},
+				NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE, Pid: pid},
 				Seccomp:          seccomp, NoNewPrivs: o.NoNewPrivs, Privileged: o.Privileged,
 			},
 		},

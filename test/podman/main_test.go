@@ -79,7 +79,7 @@ func runTests(m *testing.M) (_ int, err error) {
 	defer func() { err = errors.Join(err, unmount()) }()
 	busybox, err := harness.Busybox(scratch, map[string]string{
 		"bin/odd": filepath.Join(programs, "odd"), "bin/odd386": filepath.Join(programs, "odd386"),
-		"bin/allcalls": filepath.Join(programs, "allcalls"),
+		"bin/allcalls": filepath.Join(programs, "allcalls"), "bin/attacks": filepath.Join(programs, "attacks"),
 	})
 	if err != nil {
 		return 0, err
@@ -100,12 +100,13 @@ func build(dir string) error {
 		env  []string
 		args []string
 	}{
-		{nil, []string{"-o", dir + "/", "../../cmd/syslatch", "../../cmd/syslatchd", "../../cmd/syslatch-hook"}},
+		{nil, []string{"go", "build", "-o", dir + "/", "../../cmd/syslatch", "../../cmd/syslatchd", "../../cmd/syslatch-hook"}},
 		// These run in an image without libraries.
-		{[]string{"CGO_ENABLED=0"}, []string{"-o", dir + "/", "../workloads/allcalls", "../workloads/goapp", "./odd"}},
-		{[]string{"CGO_ENABLED=0", "GOARCH=386"}, []string{"-o", dir + "/odd386", "./odd"}},
+		{[]string{"CGO_ENABLED=0"}, []string{"go", "build", "-o", dir + "/", "../workloads/allcalls", "../workloads/goapp", "./odd"}},
+		{[]string{"CGO_ENABLED=0", "GOARCH=386"}, []string{"go", "build", "-o", dir + "/odd386", "./odd"}},
+		{nil, []string{"gcc", "-O1", "-static", "-o", dir + "/attacks", "../workloads/attacks/attacks.c"}},
 	} {
-		cmd := exec.Command("go", append([]string{"build"}, b.args...)...)
+		cmd := exec.Command(b.args[0], b.args[1:]...)
 		cmd.Env = append(os.Environ(), b.env...)
 		cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 		if err := cmd.Run(); err != nil {

@@ -41,6 +41,9 @@ const phased = `
       allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"]
       limits: {oomScoreAdj: 600}
       next: [read_only, locked]
+    network:
+      allow: ["@file-read", "@basic-io", "@info", "@process", "@network"]
+      next: [read_only, write_logs]
     locked: {irreversible: true}
 `
 
@@ -204,6 +207,26 @@ func (s *shell) end() {
 	if err := s.cmd.Wait(); err != nil && !errors.As(err, &exit) {
 		s.t.Error(err)
 	}
+}
+
+// A container tightens itself, by what it was started with and by what podman exec
+// brings in.
+func TestPhaseFromInside(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", phased)
+		e.startDaemon()
+		s := e.shell(runArgs("agent", []string{"--interactive", "--annotation", "syslatch.dev/phase=network"}, "sh")...)
+		defer s.end()
+		if got := s.status(`attacks ask write_logs | grep -q '"409"'`); got != "0" {
+			t.Errorf("loosened itself, or wasn't answered: exit status %s", got)
+		}
+		if got := e.podman("exec", "agent", "attacks", "ask", "read_only"); !strings.Contains(got, `"200"`) {
+			t.Errorf("an exec doesn't tighten: %s", got)
+		}
+		if got := s.status(`attacks ask read_only | grep -q EPERM`); got != "0" {
+			t.Errorf("connects in read_only: exit status %s", got)
+		}
+	})
 }
 
 // A container's phase changes while it runs, both ways, also for what podman exec

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/sirupsen/logrus"
+
+	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/profiles"
+)
+
+// TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
+// time, and is the last of its phase.
+func TestLimitsThatHang(t *testing.T) {
+	g := newGroup(t)
+	pid, _ := occupy(t, g)
+	scores := map[string]int{"a": 100, "b": 200, "c": 300}
+	in := &instance{CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}
+	in.Container.ID, in.Container.PID = "c1", pid
+	in.Decision.Phases = &policy.Phases{}
+	for name, score := range scores {
+		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, policy.Phase{Phase: profiles.Phase{Name: name}, Limits: policy.Limits{OOMScoreAdj: &score}})
+	}
+	p := &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}
+	in.limits.begin(nil)
+	var (
+		mu      sync.Mutex
+		written []string
+	)
+	hangs, begun := make(chan struct{}), make(chan struct{}, 10)
+	in.limits.write = func(h kernelHost, of *cgroup.Process, e adjust.Expectation) error {
+		mu.Lock()
+		written = append(written, e.Want)
+		mu.Unlock()
+		begun <- struct{}{}
+		<-hangs
+		return writeLimit(h, of, e)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	answers := make(chan error, 2)
+	go func() { answers <- p.setLimits(ctx, in, "a") }()
+	<-begun
+	go func() { answers <- p.setLimits(ctx, in, "b") }()
+	cancel()
+	for range 2 {
+		select {
+		case err := <-answers:
+			if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "not set in time") {
+				t.Error(err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("a switch waits for the kernel beyond its time")
+		}
+	}
+	close(hangs)
+	if err := p.setLimits(t.Context(), in, "c"); err != nil {
+		t.Fatal(err)
+	}
+	process, err := cgroup.OpenProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer process.Close()
+	if score, err := process.OOMScoreAdj(); err != nil || score != scores["c"] {
+		t.Errorf("oom_score_adj %d, %v", score, err)
+	}
+	p.a.workers.Wait()
+	mu.Lock()
+	defer mu.Unlock()
+	if diff := cmp.Diff([]string{"100", "300"}, slices.Clone(written)); diff != "" {
+		t.Errorf("written: %s", diff)
+	}
+}

@@ -271,6 +271,14 @@ static __always_inline int is_open(struct slot *s, struct task_struct *task)
 	return 0;
 }
 
+/* The phase in which calls count now. */
+static __always_inline __u32 current_phase(struct slot *s)
+{
+	__u32 start = *(volatile __u32 *)&s->start;
+
+	return (start ? start - 1 : s->phase) & (PHASES - 1);
+}
+
 /* Sets the bit of a call, whose number is below CALLS. */
 static __always_inline struct record *
 keep_call(struct slot *s, __u32 index, __u32 phase, __u32 abi, __u64 nr)
@@ -312,7 +320,7 @@ int BPF_PROG(syslatch_enter, struct pt_regs *regs, long id)
 		abi = ABI_X32;
 		nr -= X32_SYSCALL_BIT;
 	}
-	phase = s->phase & (PHASES - 1);
+	phase = current_phase(s);
 	if (nr >= CALLS) {
 		odd_call(s, index, (__u64)phase << 40 | (__u64)abi << 32 | nr);
 		return 0;
@@ -355,12 +363,13 @@ int BPF_PROG(syslatch_vsys, int entry)
 	default:
 		return 0;
 	}
-	keep_call(s, index, s->phase & (PHASES - 1), ABI_X86_64, nr);
+	keep_call(s, index, current_phase(s), ABI_X86_64, nr);
 	return 0;
 }
 
-/* Opens the exec gate: by now the calls of the one who set the task up are
- * over.
+/* Opens the exec gate, and ends the start: by now the calls of the one who set
+ * the task up are over. A runtime may execute itself before it loads the
+ * filter, which ends nothing.
  */
 SEC("tp_btf/sched_process_exec")
 int BPF_PROG(syslatch_exec, struct task_struct *task)
@@ -368,8 +377,12 @@ int BPF_PROG(syslatch_exec, struct task_struct *task)
 	__u32 index;
 	struct slot *s = live_slot(task->cgroups->dfl_cgrp->kn->id, &index);
 
-	if (s && s->gate == GATE_EXEC)
+	if (!s)
+		return 0;
+	if (s->gate == GATE_EXEC)
 		s->threshold = THRESHOLD_OPEN;
+	if (s->start && task->seccomp.filter_count.counter > s->threshold)
+		s->start = 0;
 	return 0;
 }
 

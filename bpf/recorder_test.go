@@ -502,6 +502,53 @@ func TestPhases(t *testing.T) {
 	}
 }
 
+// TestStart: until the execve of a task that has loaded its filter, calls count apart,
+// whatever the phase is by then.
+func TestStart(t *testing.T) {
+	r, cg := open(t, pinDir(t), bpf.Options{}), newCgroup(t)
+	opts := filterGate(t)
+	opts.Phase, opts.Start = 2, new(uint8(5))
+	h := track(t, r, cg, opts)
+	starting := func(want bool) {
+		t.Helper()
+		all, err := r.Instances()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(all) != 1 || all[0].Starting != want {
+			t.Errorf("%+v, want starting %v", all, want)
+		}
+	}
+	// It is executed in the cgroup, too, and has no filter of its own then.
+	start(t, &cg, "caller", script{Calls: steps(call(sysGetgid), exit)}).wait()
+	starting(true)
+	if err := r.SetPhase(h, 3); err != nil {
+		t.Fatal(err)
+	}
+	starting(true)
+	start(t, &cg, "caller", script{Inherit: 1, Calls: steps(call(sysGetppid), exit)}).wait()
+	starting(false)
+	s := finish(t, r, h)
+	has := map[uint8]map[uint16]bool{}
+	for _, c := range s.Calls {
+		has[c.Phase] = map[uint16]bool{}
+		for _, n := range c.Numbers {
+			has[c.Phase][n] = true
+		}
+	}
+	const execve = 59
+	if len(has) != 2 || !has[5][execve] || has[5][sysGetppid] || !has[3][sysGetppid] || has[3][execve] {
+		t.Errorf("calls: %+v", s.Calls)
+	}
+	if s.Phase != 3 {
+		t.Errorf("phase %d, want 3", s.Phase)
+	}
+	opts.Start = new(uint8(bpf.Phases))
+	if _, err := r.Track(newCgroup(t).id, opts); err == nil {
+		t.Error("a start in phase 8 was taken")
+	}
+}
+
 func TestArguments(t *testing.T) {
 	r, cg := open(t, pinDir(t), bpf.Options{}), newCgroup(t)
 	h := track(t, r, cg, filterGate(t))
@@ -509,13 +556,13 @@ func TestArguments(t *testing.T) {
 	calls := steps(filter,
 		call(41, 16, 3|0x80000, 0), call(41, 1, 1|0x800, 99), // socket
 		call(257, bad, 0, 0x80000|0x8000), call(257, bad, 0, 0x80000|1|0x40|0x200), // openat
-		call(16, bad, 0xffffffff80045430),                    // ioctl, as musl extends it
-		call(272, 1<<35|4),                                   // unshare: a long that no word holds
-		call(157, 0x5001),                                    // prctl
-		call32(221, 0xffffffff, 9),                           // fcntl64 of i386
-		call32(102, 77, 0),                                   // socketcall
-		call32(117, 1<<16|88),                                // ipc, version 1
-		call(0x40000000|514, bad, 0x1234),                    // ioctl of x32
+		call(16, bad, 0xffffffff80045430),                                     // ioctl, as musl extends it
+		call(272, 1<<35|4),                                                    // unshare: a long that no word holds
+		call(157, 0x5001),                                                     // prctl
+		call32(221, 0xffffffff, 9),                                            // fcntl64 of i386
+		call32(102, 77, 0),                                                    // socketcall
+		call32(117, 1<<16|88),                                                 // ipc, version 1
+		call(0x40000000|514, bad, 0x1234),                                     // ioctl of x32
 		call(9, 0, 0, 5, 0x4022), call(9, 0, 0, 1, 2), call(9, 0, 0, 5, 0x22), // mmap of nothing
 		call(54, bad, 1, 2), // setsockopt
 	)

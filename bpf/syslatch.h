@@ -7,7 +7,7 @@
 #ifndef SYSLATCH_H
 #define SYSLATCH_H
 
-enum layout { LAYOUT = 4 };
+enum layout { LAYOUT = 5 };
 
 #define PHASES 8
 #define WORDS 16 /* of 64 calls each: numbers 0..1023 */
@@ -72,8 +72,8 @@ struct cgroup_name {
 };
 
 /* Value of slots, mapped by user space. The first line is read on every call
- * of a tracked task; user space owns it, but for threshold, which the exec
- * gate opens. The second line is counters.
+ * of a tracked task; user space owns it, but for what an execve changes:
+ * threshold, which the exec gate opens, and start. The second line is counters.
  */
 struct slot {
 	__u32 live; /* generation while recording, else 0 */
@@ -87,7 +87,11 @@ struct slot {
 	__u32 generation;
 	__u32 cgroups; /* entries in tracked_cgroups now */
 	__u64 tag;     /* its owner's, who finds the slot by it */
-	__u64 reserved;
+	/* 1 + the phase in which calls count until a judged task's execve, and 0
+	 * behind it: then they count in phase.
+	 */
+	__u32 start;
+	__u32 reserved;
 	__u64 losses[LOSSES];
 };
 

@@ -73,7 +73,7 @@ const (
 type syslatchLayout uint32
 
 const (
-	syslatchLayoutLAYOUT syslatchLayout = 4
+	syslatchLayoutLAYOUT syslatchLayout = 5
 )
 
 type syslatchLoss uint32
@@ -108,7 +108,8 @@ type syslatchSlot struct {
 	Generation  uint32
 	Cgroups     uint32
 	Tag         uint64
-	Reserved    uint64
+	Start       uint32
+	Reserved    uint32
 	Losses      [8]uint64
 }
 

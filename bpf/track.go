@@ -67,6 +67,13 @@ func (r *Recorder) track(what string, cgroup uint64, opts TrackOptions, enter fu
 	if opts.Phase >= Phases {
 		return Handle{}, fmt.Errorf("%s: phase %d: give one below %d", what, opts.Phase, Phases)
 	}
+	start := uint32(0)
+	if opts.Start != nil {
+		if *opts.Start >= Phases {
+			return Handle{}, fmt.Errorf("%s: start in phase %d: give one below %d", what, *opts.Start, Phases)
+		}
+		start = 1 + uint32(*opts.Start)
+	}
 	threshold, base := thresholdOpen, int32(0)
 	switch opts.Gate {
 	case GateFilter:
@@ -118,6 +125,7 @@ func (r *Recorder) track(what string, cgroup uint64, opts TrackOptions, enter fu
 		Threshold:   threshold,
 		BaseFilters: base,
 		Phase:       uint32(opts.Phase),
+		Start:       start,
 		StartNs:     uint64(now),
 		RootCgroup:  cgroup,
 		Gate:        uint32(opts.Gate),
@@ -228,9 +236,9 @@ func (r *Recorder) AddCgroup(h Handle, cgroup uint64) error {
 	return nil
 }
 
-// SetPhase makes later calls count for another phase. A call that is being
-// entered on another processor while SetPhase runs may still count for the old
-// one.
+// SetPhase makes later calls count for another phase; during the start, those
+// behind it. A call that is being entered on another processor while SetPhase runs
+// may still count for the old one.
 func (r *Recorder) SetPhase(h Handle, phase uint8) error {
 	if phase >= Phases {
 		return fmt.Errorf("%s: phase %d: give one below %d", h, phase, Phases)
@@ -360,6 +368,7 @@ func (s *syslatchSlot) instance(index uint32, started time.Time) Instance {
 		Gate:        Gate(s.Gate),
 		BaseFilters: int(s.BaseFilters),
 		Phase:       uint8(atomic.LoadUint32(&s.Phase)),
+		Starting:    atomic.LoadUint32(&s.Start) != 0,
 		Tag:         s.Tag,
 		Started:     started,
 		Cgroups:     int(atomic.LoadUint32(&s.Cgroups)),

@@ -107,6 +107,9 @@ type TrackOptions struct {
 	BaseFilters int
 	// Phase is the one to start in.
 	Phase uint8
+	// Start, if not nil, is the one in which calls count before: up to and with the
+	// first execve of a task that is judged.
+	Start *uint8
 	// Tag is the caller's own mark of the instance, 0 for none. A caller that is
 	// killed before it has written down the handle finds the instance by it.
 	Tag uint64
@@ -119,6 +122,7 @@ type Instance struct {
 	Gate        Gate
 	BaseFilters int
 	Phase       uint8
+	Starting    bool      // the first execve has not been seen, and calls count for Start
 	Tag         uint64    // as given to Track or Await
 	Started     time.Time // when it was tracked
 	Cgroups     int       // tracked now; 0 means that all have been removed

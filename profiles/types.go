@@ -66,6 +66,8 @@ type Recording struct {
 	Kernel        string    `json:"kernel"`            // uname -r of the recording host
 	Runtime       string    `json:"runtime,omitempty"` // "containerd 2.4.2", "syslatch record"
 	Gate          Gate      `json:"gate"`
+	// Initial is the phase that it began in, if it was made by phase.
+	Initial string `json:"initial,omitempty"`
 	// Phases holds what was called in each phase, by phase name.
 	Phases map[string]Calls `json:"phases"`
 	// Unresolved are numbers that libseccomp has no name for; each is a loss too.

@@ -97,7 +97,7 @@ func TestUsageErrorsExitWith2(t *testing.T) {
 }
 
 func TestHelpHasExamples(t *testing.T) {
-	for _, args := range [][]string{{}, {"record"}, {"run"}, {"apply"}, {"profile"}, {"profile", "list"}, {"profile", "show"}, {"profile", "path"}, {"profile", "activate"}, {"hook"}, {"hook", "install"}, {"hook", "uninstall"}, {"hook", "status"}, {"doctor"}, {"version"}, {"phase"}, {"phase", "list"}, {"phase", "get"}, {"phase", "set"}, {"phase", "watch"}} {
+	for _, args := range [][]string{{}, {"record"}, {"run"}, {"apply"}, {"profile"}, {"profile", "list"}, {"profile", "show"}, {"profile", "path"}, {"profile", "activate"}, {"profile", "suggest"}, {"hook"}, {"hook", "install"}, {"hook", "uninstall"}, {"hook", "status"}, {"doctor"}, {"version"}, {"phase"}, {"phase", "list"}, {"phase", "get"}, {"phase", "set"}, {"phase", "watch"}} {
 		r := syslatch(t, append(args, "--help")...)
 		if r.code != 0 || !strings.Contains(r.stdout, "Examples:") {
 			t.Errorf("%v --help: got exit %d, %q", args, r.code, r.stdout)

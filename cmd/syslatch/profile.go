@@ -60,6 +60,7 @@ func newProfileCommand() *cobra.Command {
 files are, and makes one the version that is injected. A version is plain OCI
 seccomp JSON beside a manifest that says where it came from; both are immutable.
 'groups' and 'phases' don't read the store: they show what a policy's phases mean.
+'suggest' makes phases of what was recorded.
 
 WORKLOAD is a name as 'syslatch profile list' prints it. A version is a number,
 "active" (what is injected; the default) or "newest".`,
@@ -68,7 +69,7 @@ WORKLOAD is a name as 'syslatch profile list' prints it. A version is a number,
   syslatch profile show docker.io/library/nginx/web 2
   docker run --security-opt seccomp=$(syslatch profile path docker.io/library/nginx/web) nginx`,
 	}, newProfileListCommand(), newProfileShowCommand(), newProfilePathCommand(), newProfileActivateCommand(),
-		newProfileGroupsCommand(), newProfilePhasesCommand())
+		newProfileGroupsCommand(), newProfilePhasesCommand(), newProfileSuggestCommand())
 }
 
 func newProfileListCommand() *cobra.Command {

@@ -22,6 +22,7 @@ import (
 func newRecordCommand() *cobra.Command {
 	var opts agent.RecordOptions
 	var attach agent.Attach
+	var phases recordPhaseFlags
 	c := &cobra.Command{
 		Use:   "record -o FILE [flags] {-- COMMAND [ARG...] | --container ID | --cgroup PATH | --pid PID}",
 		Short: "Run a command and write the seccomp profile of what it called",
@@ -51,6 +52,13 @@ it ends or until an interrupt, which it doesn't get. What it called before is
 missing, and the recording says so (attached-late): --allow-losses is needed. The
 profile is one as with --for-container.
 
+With --phases, or --policy for those of a policy, calls are recorded by phase: they
+count for the phase that is named by 'syslatch phase set ID PHASE --socket PATH', or
+plain HTTP, on the socket of --api-socket, from the moment on when that is answered.
+Nothing is denied, and every phase may follow every other. The --recording keeps
+them apart; the profile has the calls of all. 'syslatch profile suggest' makes the
+phases of a policy of recordings.
+
 No profile is written if the recording may be incomplete, unless --allow-losses.
 
 Needs root (CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN and a writable cgroup v2 tree).
@@ -62,7 +70,8 @@ line is wrong.`,
   syslatch record -o app.json --append -- ./app --other-feature
   syslatch record -o app.json --for-container -- ./app --selftest
   syslatch record -o sh.json --recording sh.recording.json -- sh -c 'date; ls'
-  syslatch record -o app.json --allow-losses --container 5d0c9f41a2b3`,
+  syslatch record -o app.json --allow-losses --container 5d0c9f41a2b3
+  syslatch record -o app.json --recording app.rec --phases read,write --api-socket /run/app.sock -- ./app`,
 		Args: func(c *cobra.Command, args []string) error {
 			given := 0
 			for _, flag := range []string{"container", "cgroup", "pid"} {
@@ -75,6 +84,8 @@ line is wrong.`,
 				return needCommand("syslatch record -o FILE -- COMMAND")(c, args)
 			case given > 1 || len(args) > 0:
 				return cli.Usage(errors.New("say one thing to record: a command, --container, --cgroup or --pid"))
+			case phases.given():
+				return cli.Usage(errors.New("phases are of a command's recording, or of a container's that syslatchd records by a policy with phases"))
 			case attach == agent.Attach{}, attach.PID < 0:
 				return cli.Usage(errors.New("--container, --cgroup or --pid is empty: say what to record"))
 			}
@@ -91,6 +102,9 @@ line is wrong.`,
 				}
 				opts.Attach = &attach
 			}
+			if err := phases.into(c, &opts); err != nil {
+				return err
+			}
 			opts.Command = args
 			opts.Messages = c.ErrOrStderr()
 			opts.Stdout = c.OutOrStdout()
@@ -106,6 +120,7 @@ line is wrong.`,
 	f.BoolVar(&opts.Container, "for-container", false, "also allow what runc and crun call to start a container")
 	f.BoolVar(&opts.AllowLosses, "allow-losses", false, "write the profile even if the recording lost something")
 	f.BoolVarP(&opts.Quiet, "quiet", "q", false, "print errors only")
+	phases.add(c)
 	f.StringVar(&attach.Container, "container", "", "record the running container with this `id`, or beginning of an id")
 	f.StringVar(&attach.Cgroup, "cgroup", "", "record the cgroup (v2) at this `path`")
 	f.IntVar(&attach.PID, "pid", 0, "record the cgroup that this `process` is in")

@@ -51,15 +51,17 @@ type phased struct {
 
 func startPhased(t *testing.T, policy string, flags ...string) *phased {
 	t.Helper()
+	return startShell(t, append([]string{"run", "--policy", policyFile(t, policy)}, flags...)...)
+}
+
+// startShell has it started by a command of syslatch that switches phases.
+func startShell(t *testing.T, command ...string) *phased {
+	t.Helper()
 	needRoot(t)
 	p := &phased{t: t, dir: t.TempDir()}
 	p.socket, p.events = filepath.Join(p.dir, "run", "api.sock"), filepath.Join(p.dir, "events")
-	file := filepath.Join(p.dir, "policy.yaml")
-	if err := os.WriteFile(file, []byte(policy), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	const script = `echo $$; while read line; do eval "$line"; echo "= $?"; done`
-	p.cmd = exec.Command("/proc/self/exe", append(append([]string{"run", "--policy", file, "--api-socket", p.socket, "--events", p.events, "--id", "i"}, flags...), "--", "/bin/sh", "-c", script)...)
+	p.cmd = exec.Command("/proc/self/exe", append(command, "--api-socket", p.socket, "--events", p.events, "--id", "i", "--", "/bin/sh", "-c", script)...)
 	p.cmd.Env = append(os.Environ(), beMain+"=1")
 	p.cmd.Stderr = os.Stderr
 	var err error

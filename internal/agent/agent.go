@@ -70,6 +70,7 @@ import (
 type tracker interface {
 	Await(name string, o bpf.TrackOptions) (bpf.Handle, error)
 	Track(cgroupID uint64, o bpf.TrackOptions) (bpf.Handle, error)
+	SetPhase(h bpf.Handle, phase uint8) error
 	Instances() ([]bpf.Instance, error)
 	Finish(bpf.Handle) (*bpf.Snapshot, error)
 	Release(bpf.Handle) error

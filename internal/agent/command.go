@@ -34,10 +34,11 @@ var ErrExec = errors.New("can't be executed")
 // RecordOptions say what RecordCommand runs and what it writes.
 type RecordOptions struct {
 	Command     []string
-	Attach      *Attach // what runs already, instead of Command
-	Profile     string  // path; "-" for Stdout, and Command's output goes to standard error
-	Recording   string  // path; empty for none
-	Append      bool    // unite with the profile that Profile holds
+	Attach      *Attach       // what runs already, instead of Command
+	Phases      *RecordPhases // of Command; nil records it as one
+	Profile     string        // path; "-" for Stdout, and Command's output goes to standard error
+	Recording   string        // path; empty for none
+	Append      bool          // unite with the profile that Profile holds
 	AllowLosses bool
 	// Container also allows what runtimes call to start a container: they do so
 	// under the container's profile, and here was no runtime to record.
@@ -106,7 +107,7 @@ func RecordCommand(opts RecordOptions) (status int, err error) {
 	if opts.Attach != nil {
 		rec, err = recordAttached(*opts.Attach, signals, messages)
 	} else {
-		rec, status, err = recordCommand(path, opts.Command, stdout, signals, messages)
+		rec, status, err = recordCommand(path, opts.Command, opts.Phases, stdout, signals, messages)
 	}
 	if err != nil {
 		return 0, err
@@ -152,7 +153,7 @@ func RecordCommand(opts RecordOptions) (status int, err error) {
 }
 
 // recordCommand runs the command and returns its recording and exit status.
-func recordCommand(path string, argv []string, stdout *os.File, signals <-chan os.Signal, messages io.Writer) (*profiles.Recording, int, error) {
+func recordCommand(path string, argv []string, phases *RecordPhases, stdout *os.File, signals <-chan os.Signal, messages io.Writer) (*profiles.Recording, int, error) {
 	recorder, err := bpf.Open("", bpf.Options{NoPin: true})
 	if err != nil {
 		return nil, 0, fmt.Errorf("recorder: %w", err)
@@ -177,11 +178,17 @@ func recordCommand(path string, argv []string, stdout *os.File, signals <-chan o
 	if err != nil {
 		return nil, 0, err
 	}
-	handle, err := recorder.Track(group.ID(), bpf.TrackOptions{Gate: bpf.GateFilter, BaseFilters: base.SeccompFilters})
+	handle, err := recorder.Track(group.ID(), phases.options(bpf.TrackOptions{Gate: bpf.GateFilter, BaseFilters: base.SeccompFilters}))
 	if err != nil {
 		child.abandon()
 		return nil, 0, fmt.Errorf("track cgroup %s: %w", group.Path(), err)
 	}
+	marked, err := phases.begin(recorder, handle, group, path)
+	if err != nil {
+		child.abandon()
+		return nil, 0, err
+	}
+	defer func() { _ = marked.end() }() // where it matters it has ended by then
 	events := collectEvents(recorder, handle)
 
 	rec := newRecording(profiles.Subject{ID: group.Name(), Name: filepath.Base(path), Command: argv}, filepath.Base(path), "syslatch record", profiles.GateFilter)
@@ -193,12 +200,18 @@ func recordCommand(path string, argv []string, stdout *os.File, signals <-chan o
 	if err != nil {
 		return nil, 0, err
 	}
+	if err := marked.end(); err != nil {
+		fmt.Fprintf(messages, "syslatch: %v\n", err) // the recording is whole
+	}
 	snapshot, err := recorder.Untrack(handle)
 	if err != nil {
 		return nil, 0, err
 	}
 	rec.Ended = time.Now().UTC()
-	fill(rec, snapshot, events.take(snapshot), map[uint8]string{0: profiles.DefaultPhase})
+	if phases != nil {
+		rec.Initial = phases.set().Initial
+	}
+	fill(rec, snapshot, events.take(snapshot), marked.names())
 	return rec, status, nil
 }
 

@@ -214,7 +214,10 @@ func (a *Agent) recorded(in *instance) (*profiles.Recording, error) {
 	if err != nil {
 		log.WithError(err).Warn("some first-seen events can't be read")
 	}
-	fill(&rec, snapshot, events, map[uint8]string{0: profiles.DefaultPhase})
+	if in.marked() {
+		rec.Initial = in.Decision.Phase
+	}
+	fill(&rec, snapshot, events, in.phaseNames())
 	if n := eventCount(snapshot) - len(events); n > 0 {
 		rec.Losses = append(rec.Losses, profiles.Loss{Kind: profiles.LossFirstSeen, Count: uint64(n), Detail: "not written down in time"})
 	}

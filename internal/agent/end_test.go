@@ -244,9 +244,11 @@ func TestLosses(t *testing.T) {
 		"foreign lineage": {func(s *fakeSlot) { s.losses.ForeignCalls = 1 }, profiles.LossForeignLineage, false},
 		"odd number":      {func(s *fakeSlot) { s.odd = []bpf.OddCall{{Number: 4000}} }, profiles.LossOutOfRange, false},
 		"odd numbers":     {func(s *fakeSlot) { s.losses.OddCalls = 1 }, profiles.LossOutOfRange, false},
-		"unresolved":      {func(s *fakeSlot) { s.calls[bpf.ABIX8664] = append(s.calls[bpf.ABIX8664], 1000) }, profiles.LossUnresolved, false},
-		"first seen":      {func(s *fakeSlot) { s.losses.Events = 1 }, profiles.LossFirstSeen, true},
-		"arguments":       {func(s *fakeSlot) { s.losses.Args = 1 }, profiles.LossArguments, true},
+		"unresolved": {func(s *fakeSlot) {
+			s.calls[fakeCalls{abi: bpf.ABIX8664}] = append(s.calls[fakeCalls{abi: bpf.ABIX8664}], 1000)
+		}, profiles.LossUnresolved, false},
+		"first seen": {func(s *fakeSlot) { s.losses.Events = 1 }, profiles.LossFirstSeen, true},
+		"arguments":  {func(s *fakeSlot) { s.losses.Args = 1 }, profiles.LossArguments, true},
 	} {
 		for _, ns := range []string{"default", "lossy"} {
 			t.Run(name+"/"+ns, func(t *testing.T) {
@@ -264,7 +266,7 @@ func TestLosses(t *testing.T) {
 					tc.lose(s)
 					switch name {
 					case "first seen": // one call's event is not in the ring
-						s.calls[bpf.ABIX8664] = append(s.calls[bpf.ABIX8664], 83)
+						s.calls[fakeCalls{abi: bpf.ABIX8664}] = append(s.calls[fakeCalls{abi: bpf.ABIX8664}], 83)
 					case "odd number", "unresolved":
 						w.kernel.event(bpf.Event{Handle: s.Handle, Number: 4000})
 					}

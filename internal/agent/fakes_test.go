@@ -277,9 +277,15 @@ type fakeKernel struct {
 type fakeSlot struct {
 	bpf.Instance
 	gateOpen bool
-	calls    map[bpf.ABI][]uint16
+	start    *uint8
+	calls    map[fakeCalls][]uint16
 	odd      []bpf.OddCall
 	losses   bpf.Losses
+}
+
+type fakeCalls struct {
+	phase uint8
+	abi   bpf.ABI
 }
 
 func (k *fakeKernel) add(root uint64, o bpf.TrackOptions) (bpf.Handle, error) {
@@ -289,8 +295,9 @@ func (k *fakeKernel) add(root uint64, o bpf.TrackOptions) (bpf.Handle, error) {
 	k.next++
 	h := bpf.Handle{Slot: k.next % 8, Generation: k.next}
 	k.slots[h] = &fakeSlot{
-		Instance: bpf.Instance{Handle: h, RootCgroup: root, Gate: o.Gate, BaseFilters: o.BaseFilters, Tag: o.Tag},
-		calls:    map[bpf.ABI][]uint16{},
+		Instance: bpf.Instance{Handle: h, RootCgroup: root, Gate: o.Gate, BaseFilters: o.BaseFilters, Phase: o.Phase, Tag: o.Tag},
+		start:    o.Start,
+		calls:    map[fakeCalls][]uint16{},
 	}
 	if root != 0 {
 		k.slots[h].Cgroups = 1
@@ -354,12 +361,29 @@ func (k *fakeKernel) Finish(h bpf.Handle) (*bpf.Snapshot, error) {
 	s.Finished, s.Cgroups = true, 0
 	maps.DeleteFunc(k.awaited, func(_ string, a bpf.Handle) bool { return a == h })
 	snapshot := &bpf.Snapshot{Instance: s.Instance, GateOpen: s.gateOpen || s.Gate != bpf.GateExec, OddCalls: slices.Clone(s.odd), Losses: s.losses}
-	for abi, numbers := range s.calls {
+	for at, numbers := range s.calls {
 		numbers = slices.Clone(numbers)
 		slices.Sort(numbers)
-		snapshot.Calls = append(snapshot.Calls, bpf.CallSet{ABI: abi, Numbers: numbers})
+		snapshot.Calls = append(snapshot.Calls, bpf.CallSet{Phase: at.phase, ABI: at.abi, Numbers: numbers})
 	}
 	return snapshot, nil
+}
+
+func (k *fakeKernel) SetPhase(h bpf.Handle, phase uint8) error {
+	if err := k.w.step("bpf.SetPhase"); err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s := k.slots[h]
+	switch {
+	case s == nil:
+		return fmt.Errorf("%s: %w", h, bpf.ErrUnknown)
+	case s.Finished:
+		return fmt.Errorf("%s: %w", h, bpf.ErrFinished)
+	}
+	s.Phase = phase
+	return nil
 }
 
 func (k *fakeKernel) Release(h bpf.Handle) error {
@@ -449,18 +473,22 @@ func (k *fakeKernel) call(id uint64, names ...string) {
 			continue
 		}
 		for _, name := range names {
+			at := fakeCalls{s.Phase, bpf.ABIX8664}
+			if s.start != nil {
+				at.phase = *s.start
+			}
 			if name == "execve" {
-				s.gateOpen = true
+				s.gateOpen, s.start = true, nil
 			}
 			nr, ok := seccomp.Number(x8664, name)
 			if !ok {
 				k.w.t.Fatalf("no call %s", name)
 			}
-			if slices.Contains(s.calls[bpf.ABIX8664], uint16(nr)) {
+			if slices.Contains(s.calls[at], uint16(nr)) {
 				continue
 			}
-			s.calls[bpf.ABIX8664] = append(s.calls[bpf.ABIX8664], uint16(nr))
-			k.event(bpf.Event{Handle: s.Handle, Cgroup: id, Number: nr, Comm: "app"})
+			s.calls[at] = append(s.calls[at], uint16(nr))
+			k.event(bpf.Event{Handle: s.Handle, Cgroup: id, Phase: at.phase, Number: nr, Comm: "app"})
 		}
 	}
 }

@@ -104,6 +104,7 @@ func (s *supervisor) compile(ctx context.Context, c policy.Container, d *policy.
 		return nil, nil, fmt.Errorf("phases of policy %s: %w", d.Policy, err)
 	}
 	ip := &instancePhases{Host: answer.Host, Newer: answer.Newer, Runtime: runtime, inside: answer.Inside}
+	ip.of(d)
 	is, err := inputOf(d, ip).compile()
 	if err != nil {
 		return nil, nil, err
@@ -207,6 +208,9 @@ func (p *phasing) adopt(id string) error {
 // after an upgrade the hook may be newer than the daemon, and the tables of the one are
 // not for the filter of the other.
 func (p *phasing) sameFilter(in *instance) error {
+	if in.marked() {
+		return nil
+	}
 	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err == nil && seccompDigest(is.plan.Profile) != in.Phases.Filter {
 		err = errors.New("syslatch-hook is of another version, which makes another filter of the same phases (systemctl restart syslatchd)")

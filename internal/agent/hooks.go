@@ -345,8 +345,11 @@ func (h *Hooks) createdBy(ctx context.Context, id string, pid, hook int, facts f
 		h.a.instanceLog(in).WithError(err).Error("container runs unverified: its failure policy is runtime-default")
 	}
 	if err := h.supervise(ctx, in, specs.StateCreated); err != nil {
-		// Whatever the failure policy: its filter would ask nobody.
-		return errors.Join(err, h.discard(in))
+		err = errors.Join(err, h.discard(in))
+		if in.marked() {
+			return h.settle(in, err)
+		}
+		return err // whatever the failure policy: its filter would ask nobody
 	}
 	return nil
 }

@@ -69,8 +69,9 @@ type instance struct {
 	guard    guard
 	// supervised is set with the first supervisor's word; nil without phases.
 	supervised *phase.Supervised
-	inside     io.Closer // changes; serves its own socket, nil if nothing does
-	gone       bool      // changes; nothing is left of it, neither here nor in the journal
+	marking    sync.Mutex // held while the recorder is told the phase
+	inside     io.Closer  // changes; serves its own socket, nil if nothing does
+	gone       bool       // changes; nothing is left of it, neither here nor in the journal
 
 	// Of this process only; guarded by Agent.mu.
 	ended    bool          // its end has begun
@@ -122,7 +123,11 @@ func (a *Agent) change(write func()) {
 }
 
 func (in *instance) trackOptions() bpf.TrackOptions {
-	return bpf.TrackOptions{Gate: in.Gate, BaseFilters: in.BaseFilters, Tag: in.Tag}
+	o := bpf.TrackOptions{Gate: in.Gate, BaseFilters: in.BaseFilters, Tag: in.Tag}
+	if in.marked() {
+		marksOf(in.Decision.Phases).begin(&o, in.phase(), !in.Ran)
+	}
+	return o
 }
 
 func (a *Agent) instance(id string) *instance {

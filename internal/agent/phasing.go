@@ -186,6 +186,9 @@ type instancePhases struct {
 	// Filter is the digest of the filter as it was compiled, without a listener's path.
 	Filter string `json:"filter,omitempty"`
 
+	// Record: the container is recorded, and its phases are marks.
+	Record bool `json:"record,omitempty"`
+
 	inside bool // the daemon serves sockets inside containers
 }
 
@@ -197,6 +200,7 @@ type compiler interface {
 
 func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decision, runtime adjust.Runtime) (*instancePhases, *profiles.PhasePlan, error) {
 	ip := &instancePhases{Host: p.host, Newer: p.newer, Runtime: runtime}
+	ip.of(d)
 	is, err := p.plans.of(d, ip)
 	if err != nil {
 		return nil, nil, err
@@ -206,6 +210,9 @@ func (p *phasing) compile(_ context.Context, _ policy.Container, d *policy.Decis
 
 // filterOf: socket is where runtimes send listeners.
 func filterOf(d *policy.Decision, ip *instancePhases, is *compiled, socket string) (*instancePhases, *profiles.PhasePlan, error) {
+	if ip.Record {
+		return ip, is.plan, nil
+	}
 	gaps := slices.Concat(is.plan.Gaps, limitGapsOf(d, ip.Runtime))
 	if len(gaps) > 0 && d.Phases.Gaps != policy.GapsReport {
 		return nil, nil, &GapsError{d.Policy, gaps}
@@ -230,6 +237,9 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	is, err := p.plans.of(&in.Decision, in.Phases)
 	if err != nil {
 		return nil, err
+	}
+	if in.marked() {
+		return p.superviseMarks(in, is, now)
 	}
 	lost := p.programs.find(in, is.plan, &now)
 	in.limits.begin(now.Original)
@@ -469,6 +479,10 @@ func (p *phasing) take(conn *net.UnixConn) error {
 // and of which the holder kept listeners.
 func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if in.Phases == nil || a.hasEnded(in) || a.phases == nil {
+		return
+	}
+	if in.marked() {
+		a.pickUpMarks(in)
 		return
 	}
 	log := a.instanceLog(in)

@@ -109,9 +109,17 @@ func (a *Agent) build(ctx context.Context, c policy.Container, d policy.Decision
 	if err != nil {
 		return nil, nil, err
 	}
-	input := adjust.Input{Decision: d, Container: c, Version: version, Runtime: runtime}
 	var phases *instancePhases
-	if d.Phases != nil {
+	if d.Phases != nil && d.Mode == policy.ModeRecord {
+		if phases, err = a.planMarks(ctx, c, &d, runtime); err != nil {
+			return nil, nil, err
+		}
+		if phases == nil {
+			d.Phases, d.Phase = nil, ""
+		}
+	}
+	input := adjust.Input{Decision: d, Container: c, Version: version, Runtime: runtime}
+	if d.Phases != nil && phases == nil {
 		if a.compiler == nil || c.User != nil {
 			return nil, nil, fmt.Errorf("%w: policy %s has phases, which rootless containers can't have (match them by a policy without phases)", adjust.ErrNotApplicable, d.Policy)
 		}

@@ -137,6 +137,9 @@ func (a *Agent) trackLate(in *instance) error {
 		in.handle = &handle
 		a.byHandle[handle] = in
 	})
+	if in.marked() {
+		return a.mark(in) // it may have been switched meanwhile
+	}
 	return nil
 }
 

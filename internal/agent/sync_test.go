@@ -149,7 +149,7 @@ func TestContainerMadeWithoutTheAnswer(t *testing.T) {
 				a.plan1(c)
 				a.close()
 				c.create()
-				w.kernel.slot().calls = map[bpf.ABI][]uint16{} // no filter, nothing counted
+				w.kernel.slot().calls = map[fakeCalls][]uint16{} // no filter, nothing counted
 				w.host.read = func(_ int, e adjust.Expectation) (string, error) { return e.Field + ":\t0", nil }
 				if !inTime {
 					c.exit()

@@ -217,6 +217,8 @@ func jsonType(t reflect.Type) string {
 		t = t.Elem()
 	}
 	switch t.Kind() {
+	case reflect.Bool:
+		return "boolean"
 	case reflect.String:
 		return "string"
 	case reflect.Int, reflect.Uint64:

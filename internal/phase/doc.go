@@ -32,6 +32,13 @@
 // Asking for the same phase again does the rest again. Nothing goes back by itself: the
 // new phase might be the tighter one.
 //
+// # While an instance is recorded
+//
+// Phases are marks then (Instance.Record): every switch may be, and Hooks tells the
+// recorder where calls count. The barrier is run all the same. In enforcement a call that
+// is blocked at a switch is judged by the new phase, so a phase that was recorded without
+// it would deny what the recorded run did.
+//
 // # What a barrier doesn't reach
 //
 // A call that the kernel restarts by restart_syscall(2) goes on where it was: poll,

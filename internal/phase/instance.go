@@ -42,6 +42,10 @@ type Instance struct {
 	Plan    *profiles.PhasePlan
 	Tables  map[string]*profiles.PhaseTable // of Plan, see [Tables]; nil: they are made
 	Initial string                          // phase to begin in; empty is Set's
+	// Record: the instance is recorded, and its phases are marks of where its calls
+	// count. Nothing is enforced, and every phase may follow every other, whoever asks.
+	// Hooks tells the recorder.
+	Record bool
 	// Generation of that, for an instance that an earlier process supervised; 0 for one
 	// that begins, with 1.
 	Generation uint64
@@ -131,7 +135,7 @@ func (sv *Supervised) begin() error {
 	sv.mu.Lock()
 	sv.status = Status{
 		ID: sv.in.ID, Name: sv.in.Name, Workload: sv.in.Workload, Policy: sv.in.Policy,
-		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(),
+		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(), Recorded: sv.in.Record,
 	}
 	sv.whole = true
 	sv.mu.Unlock()
@@ -151,10 +155,13 @@ func (sv *Supervised) Status() Status {
 	st.Denied = sv.denials.total.Load()
 	st.Next = sv.next(st.Phase)
 	st.Uncovered = []string{}
+	if sv.in.Record {
+		st.Uncovered = append(st.Uncovered, onlyRecorded)
+	}
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
-	for _, what := range []string{atBarrier, atLimits, atRatchet, atListener, atHooks} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener, atHooks} {
 		if why, ok := sv.broken[what]; ok {
 			st.Uncovered = append(st.Uncovered, what+": "+why)
 		}
@@ -171,9 +178,13 @@ func (sv *Supervised) Status() Status {
 	return st
 }
 
+// onlyRecorded is what a recorded instance lacks.
+const onlyRecorded = "nothing is denied and no limit set: the instance is recorded, and the phase is where its calls count"
+
 // What may be broken.
 const (
 	atBarrier  = "calls that were blocked at the switch may go on as the phase before allowed"
+	atRecord   = "calls that were blocked at the switch may count in the phase before alone"
 	atLimits   = "limits"
 	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
 	atListener = "calls that the filter asks about are answered ENOSYS"
@@ -183,7 +194,7 @@ const (
 func (sv *Supervised) next(from string) []string {
 	out := []string{}
 	for _, to := range sv.in.Plan.Phases {
-		if sv.in.Set.May(from, to) {
+		if sv.in.Record && from != to || sv.in.Set.May(from, to) {
 			out = append(out, to)
 		}
 	}
@@ -240,7 +251,7 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 		sv.status.Phase, sv.status.Since = to, time.Now().UTC()
 	}
 	sv.status.Generation, sv.whole = generation, false
-	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
 		delete(sv.broken, what)
 	}
 	sv.mu.Unlock()
@@ -289,7 +300,7 @@ func (sv *Supervised) may(is Status, to string, o SetOptions) error {
 		return refuse("unknown phase")
 	case o.Generation != 0 && o.Generation != is.Generation:
 		return &GenerationError{Want: o.Generation, Is: is.Generation}
-	case from == to:
+	case from == to, sv.in.Record:
 		return nil
 	case !sv.in.Set.May(from, to):
 		return refuse("the policy doesn't lead there")
@@ -334,7 +345,11 @@ func (sv *Supervised) limit(ctx context.Context) error {
 func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	var errs []error
 	if sv.in.Barrier != nil {
-		errs = append(errs, sv.fails(atBarrier, sv.in.Barrier.Barrier(ctx)))
+		what := atBarrier
+		if sv.in.Record {
+			what = atRecord
+		}
+		errs = append(errs, sv.fails(what, sv.in.Barrier.Barrier(ctx)))
 	}
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
@@ -388,7 +403,7 @@ func (sv *Supervised) Rejudge(ctx context.Context) error {
 		return ctx.Err()
 	}
 	sv.mu.Lock()
-	for _, what := range []string{atBarrier, atLimits, atRatchet} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
 		delete(sv.broken, what)
 	}
 	sv.mu.Unlock()

@@ -28,6 +28,8 @@ type Status struct {
 	Uncovered []string `json:"uncovered"`
 	// Denied counts the calls that the supervisor, and the kernel's programs, have denied.
 	Denied uint64 `json:"denied"`
+	// Recorded: nothing is enforced, and the phase is where the instance's calls count.
+	Recorded bool `json:"recorded,omitempty"`
 }
 
 // State is how far a phase holds.
@@ -35,7 +37,8 @@ type State string
 
 const (
 	// Holds: for every task, calls that were blocked in the kernel at the switch
-	// included; but for what Uncovered says.
+	// included; but for what Uncovered says. Of an instance that is recorded: all that
+	// is called from now on counts in it.
 	Holds State = "holds"
 	// Switching: begun and not finished.
 	Switching State = "switching"
@@ -52,7 +55,7 @@ type Origin string
 const (
 	// Outside may make every transition that the policy has.
 	Outside Origin = "outside"
-	// Inside is the workload itself: it may only tighten.
+	// Inside is the workload itself: it may only tighten, but while it is recorded.
 	Inside Origin = "inside"
 )
 

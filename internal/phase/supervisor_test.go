@@ -330,6 +330,50 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestRecorded: of an instance that is recorded phases are marks, which follow each other
+// as whoever asks likes, from inside as well.
+func TestRecorded(t *testing.T) {
+	f := newFixture(t)
+	in := f.Supervised.in
+	in.ID, in.Record, in.Uncovered, in.Limits, in.Ratchet = "r", true, nil, nil, nil
+	var stopped, kept int
+	in.Barrier = &barrier{func(context.Context) error { stopped++; return nil }}
+	in.Keep = func(string, uint64) error { kept++; return nil }
+	f.hooks = nil
+	sv, err := f.Add(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, to := range []struct {
+		phase  string
+		origin Origin
+	}{{"locked", Outside}, {"network", Inside}, {"locked", Inside}, {"read_only", Outside}, {"write_logs", Outside}} {
+		st, err := f.Set(t.Context(), "r", to.phase, SetOptions{Origin: to.origin})
+		if err != nil || st.Phase != to.phase || st.State != Holds || !st.Recorded || len(st.Next) != 3 || !slices.Equal(st.Uncovered, []string{onlyRecorded}) {
+			t.Errorf("%+v, %v", st, err)
+		}
+		if want := i + 1; stopped != want || kept != want {
+			t.Errorf("%s: %d barriers, kept %d times, want %d", to.phase, stopped, kept, want)
+		}
+	}
+	if want := []string{"read_only", "locked", "network", "locked", "read_only", "write_logs"}; !slices.Equal(f.hooks, want) {
+		t.Errorf("the recorder was told %v, want %v", f.hooks, want)
+	}
+	var refused *TransitionError
+	if _, err := f.Set(t.Context(), "r", "nowhere", SetOptions{}); !errors.As(err, &refused) || len(refused.Allowed) != 3 {
+		t.Errorf("an unknown phase: %v", err)
+	}
+	f.hookErr = errors.New("the recording has ended")
+	if st, err := f.Set(t.Context(), "r", "network", SetOptions{}); err == nil || st.Phase != "write_logs" {
+		t.Errorf("the recorder refuses: %+v, %v", st, err)
+	}
+	f.hookErr = nil
+	sv.in.Barrier = &barrier{func(context.Context) error { return errors.New("out of order") }}
+	if st, err := f.Set(t.Context(), "r", "network", SetOptions{}); err == nil || st.State != Degraded || st.Uncovered[1] != atRecord+": out of order" {
+		t.Errorf("without a barrier: %+v, %v", st, err)
+	}
+}
+
 // TestIncomplete: what fails behind the table leaves the new phase in force for new
 // calls and says what may not hold; asking again does the rest.
 func TestIncomplete(t *testing.T) {

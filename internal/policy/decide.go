@@ -75,7 +75,7 @@ func (p *Policy) decide(c Container, im image) (Decision, error) {
 		return d, fmt.Errorf("policy %s: %w", p.Name, err)
 	}
 	d.Workload = workload
-	if mode == ModeEnforce && p.Phases != nil {
+	if mode.hasPhases() && p.Phases != nil {
 		if d.Phase, err = p.phase(c, &d); err != nil {
 			d.Failure = FailureDeny
 			return d, fmt.Errorf("policy %s: %w", p.Name, err)
@@ -84,6 +84,9 @@ func (p *Policy) decide(c Container, im image) (Decision, error) {
 	}
 	return d, nil
 }
+
+// hasPhases: they are in force in the one mode, and marks of a recording in the other.
+func (m Mode) hasPhases() bool { return m == ModeEnforce || m == ModeRecord }
 
 // phase is the one that a container begins in.
 func (p *Policy) phase(c Container, d *Decision) (string, error) {

@@ -353,8 +353,8 @@ func (v value) policy() (Policy, bool) {
 	if slices.Contains(p.Annotations, FieldPhase) && !seen["phases"] {
 		v.errorf("annotations has phase, and there are no phases to choose from")
 	}
-	if seen["phases"] && seen["mode"] && p.Mode != "" && p.Mode != ModeOff && p.Mode != ModeEnforce && !slices.Contains(p.AllowedModes, ModeEnforce) {
-		modeAt.errorf("%s denies nothing, phases would have no effect; want enforce, or enforce among allowedModes", p.Mode)
+	if seen["phases"] && p.Mode == ModeAudit && !slices.ContainsFunc(p.AllowedModes, Mode.hasPhases) {
+		modeAt.errorf("%s knows no phases, they would have no effect; want record or enforce, or one of them among allowedModes", p.Mode)
 	}
 	for _, call := range p.MustDeny {
 		if slices.Contains(p.MustAllow, call) {

@@ -5,6 +5,7 @@ package policy
 import (
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -75,6 +76,46 @@ func TestParsePhases(t *testing.T) {
 	set := got.Policies[0].Set()
 	if len(set.Phases) != 4 || set.Initial != "read_only" || !cmp.Equal(set.MustDeny, []string{"bpf"}) {
 		t.Errorf("%+v", set)
+	}
+}
+
+// TestDecidePhases: phases are for enforcing and for recording.
+func TestDecidePhases(t *testing.T) {
+	f, err := Parse("policy.yaml", []byte(`apiVersion: syslatch.dev/v1
+policies:
+- name: a
+  match: {}
+  mode: record
+  allowedModes: [audit, enforce]
+  annotations: [mode, phase]
+  phases: {initial: a, a: {}, b: {}}
+`), Options{Phases: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		mode, phase, want string // want: the phase, "" for none, "?" for an error
+	}{
+		{"", "", "a"}, {"record", "b", "b"}, {"enforce", "b", "b"}, {"enforce", "", "a"}, {"audit", "b", ""}, {"record", "c", "?"},
+	} {
+		c := Container{Image: "i", Name: "c", Annotations: map[string]string{}}
+		if tc.mode != "" {
+			c.Annotations[AnnotationMode] = tc.mode
+		}
+		if tc.phase != "" {
+			c.Annotations[AnnotationPhase] = tc.phase
+		}
+		d, err := f.Decide(c)
+		if err != nil {
+			d.Phase = "?"
+		}
+		if d.Phase != tc.want || (d.Phases != nil) != (err == nil && tc.want != "") {
+			t.Errorf("%+v: %q, %v, %v", tc, d.Phase, d.Phases, err)
+		}
+	}
+	const audit = "apiVersion: syslatch.dev/v1\npolicies:\n- {name: a, match: {}, mode: audit, phases: {initial: a, a: {}}}\n"
+	if _, err := Parse("policy.yaml", []byte(audit), Options{Phases: true}); err == nil || !strings.Contains(err.Error(), "audit knows no phases") {
+		t.Errorf("in mode audit: %v", err)
 	}
 }
 

@@ -380,7 +380,8 @@ type Decision struct {
 	Activate        Activate        `json:"activate,omitempty"`
 	Failure         Failure         `json:"failure"`
 	AllowLosses     bool            `json:"allowLosses,omitempty"`
-	// Phases are in force in mode enforce, from Phase on; nil if there are none.
+	// Phases are in force in mode enforce, from Phase on; in mode record they are marks
+	// of the recording. nil if there are none, and in mode audit.
 	Phases *Phases `json:"phases,omitempty"`
 	Phase  string  `json:"phase,omitempty"`
 	// Reasons are sentences for the log: which policy matched, which

@@ -137,6 +137,15 @@ func TestExamplesOfHelp(t *testing.T) {
 		}
 	}
 
+	at := time.Date(2026, 11, 24, 13, 0, 0, 0, time.UTC)
+	if _, err := s.Add(t.Context(), &profiles.Recording{
+		SchemaVersion: 1, ID: at.Format("20060102T150405.000000000Z"), Workload: "docker.io/library/node/agent",
+		Started: at, Ended: at, Kernel: "6.12.0", Gate: profiles.GateFilter,
+		Phases: map[string]profiles.Calls{"read_only": {specs.ArchX86_64: {"stat"}}},
+	}, store.AddOptions{}); err != nil {
+		t.Fatal(err)
+	}
+
 	supervisor := apitest.New(apitest.Instance(agentID, "agent"))
 	phases := servePhases(t, supervisor)
 	go func() { // the first that watches sees it end
@@ -150,8 +159,8 @@ func TestExamplesOfHelp(t *testing.T) {
 	if len(all) < 15 {
 		t.Fatalf("%d examples", len(all))
 	}
-	// Those that make app.json before those that use it.
-	makes := regexp.MustCompile(`^syslatch record -o app\.json -- `)
+	// Those that make app.json and app.rec before those that use them.
+	makes := regexp.MustCompile(`^syslatch record -o app\.json (-- |--recording )`)
 	slices.SortStableFunc(all, func(a, b string) int {
 		return map[bool]int{false: 1}[makes.MatchString(a)] - map[bool]int{false: 1}[makes.MatchString(b)]
 	})

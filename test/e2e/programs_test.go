@@ -163,7 +163,11 @@ while :; do if echo >&5; then echo kept written; else echo kept denied; fi; read
 			e.setPhase(c.ID, "network")
 			kept(keptAfter)
 			does(false, connect(other))
-			d.waitLog("phase event", `"denied"`, "cgroup/connect4", c.ID)
+			program := "cgroup/connect4"
+			if lsm { // which is asked first
+				program = "lsm/socket_connect"
+			}
+			d.waitLog("phase event", `"denied"`, program, c.ID)
 			if err := c.Stop(e.ctx, 0); err != nil {
 				t.Error(err)
 			}

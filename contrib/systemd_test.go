@@ -345,6 +345,14 @@ func phases(t *testing.T, h *harness.Host) {
 	if err := c.Stop(ctx, 0); err != nil {
 		t.Error(err)
 	}
+	if log, err := os.ReadFile(daemonLog); err != nil || strings.Contains(string(log), "no BPF programs for phases") {
+		t.Errorf("the unit keeps BPF programs away: %v\n%s", err, log)
+	}
+	for _, program := range []string{"conn4", "open"} { // of a cgroup's, and of BPF LSM's
+		if found, err := filepath.Glob("/sys/fs/bpf/syslatch-phases/layout-*/syslatch_" + program); err != nil || len(found) != 1 {
+			t.Errorf("the unit loads no program %s: %v, %v", program, found, err)
+		}
+	}
 }
 
 // rootless asks at the socket that the unit lets users through to, as nobody.

@@ -151,10 +151,11 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if instance.ID == "" {
 		instance.ID = fmt.Sprintf("run-%d", os.Getpid())
 	}
-	begun := &beginning{programs: programs}
+	guarded := &guard{}
 	if len(plan.Hooks) > 0 {
-		instance.Hooks = begun.set
+		guarded.plan = plan
 	}
+	instance.Hooks = guarded.hooks()
 	supervised, err := supervisor.Add(instance)
 	if err != nil {
 		return 0, err
@@ -184,7 +185,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		return 0, err
 	}
 	if len(plan.Hooks) > 0 {
-		if err := programs.enforce(plan, supervised.Status().Phase, group, len(gaps) > 0); err != nil {
+		if err := programs.enforce(guarded, child.cmd.Process.Pid, group, len(gaps) > 0); err != nil {
 			child.abandon()
 			return 0, err
 		}
@@ -206,13 +207,6 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Kill()
 		_ = child.cmd.Wait()
 		return 0, failed
-	}
-	if len(plan.Hooks) > 0 {
-		if err := begun.over(freezer); err != nil {
-			_ = group.Kill()
-			_ = child.cmd.Wait()
-			return 0, fmt.Errorf("phase %s: %w", supervised.Status().Phase, err)
-		}
 	}
 	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
 }

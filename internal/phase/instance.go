@@ -56,6 +56,9 @@ type Instance struct {
 	// Keep keeps a phase and its generation for a later process, before they are in
 	// force. nil: nobody does.
 	Keep func(phase string, generation uint64) error
+	// Ready is asked before a chain's first execve goes on. Its error denies that: what
+	// enforces the phases is not there.
+	Ready func() error
 	// Began is told the first execve, once.
 	Began func()
 	// Limits sets what limits a phase has.
@@ -167,7 +170,7 @@ func (sv *Supervised) Status() Status {
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
-	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener, atHooks} {
 		if why, ok := sv.broken[what]; ok {
 			st.Uncovered = append(st.Uncovered, what+": "+why)
 		}
@@ -194,6 +197,7 @@ const (
 	atLimits   = "limits"
 	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
 	atListener = "calls that the filter asks about are answered ENOSYS"
+	atHooks    = "what BPF programs deny in a phase may not be denied"
 )
 
 func (sv *Supervised) next(from string) []string {
@@ -379,6 +383,24 @@ func (sv *Supervised) Lose(why error) {
 	sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + why.Error()})
 }
 
+// Unhooked says that the kernel's programs don't do their part, and why; nil that they
+// do.
+func (sv *Supervised) Unhooked(why error) {
+	sv.mu.Lock()
+	_, was := sv.broken[atHooks]
+	delete(sv.broken, atHooks)
+	if why != nil {
+		sv.broken[atHooks] = why.Error()
+	}
+	phase := sv.status.Phase
+	sv.mu.Unlock()
+	if why == nil || was {
+		return
+	}
+	sv.log.WithError(why).WithField("phase", phase).Error("an instance has lost a part of what enforces its phases: " + atHooks)
+	sv.emit(Event{Kind: Lost, From: phase, Message: atHooks + ": " + why.Error()})
+}
+
 // Rejudge makes the phase hold for every task once more, as a switch does: for an
 // instance that an earlier process supervised. Calls that it received and did not
 // answer are made again, and asked about again.
@@ -470,6 +492,12 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 	if c.starting {
 		if !goOn {
 			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
+		}
+		if begins && goOn && c.sv.in.Ready != nil {
+			if err := c.sv.in.Ready(); err != nil {
+				c.sv.log.WithError(err).Error("an instance's program is not executed")
+				goOn, errno = false, uint(unix.EPERM)
+			}
 		}
 		if begins && goOn {
 			goOn, errno = c.enters(n.PID, t.Phase)

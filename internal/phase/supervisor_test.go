@@ -249,6 +249,53 @@ func TestStart(t *testing.T) {
 	}
 }
 
+// Nothing is executed before what enforces is there.
+func TestReady(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	missing := errors.New("no programs")
+	f.in.Ready = func() error { return missing }
+	f.Supervised.Serve(l)
+	if l.ask(t, "execve", false) || !l.ask(t, "setuid", false) {
+		t.Error("executed before it is ready, or the start has ended by that")
+	}
+	missing = nil
+	if !l.ask(t, "execve", false) || l.ask(t, "setuid", false) {
+		t.Error("not executed")
+	}
+}
+
+// What the kernel's programs deny counts, and that they are gone is said, once.
+func TestPrograms(t *testing.T) {
+	f := newFixture(t)
+	f.Denied("read_only", "lsm/file_open", 3)
+	if st := f.Status(); st.Denied != 3 || st.State != Holds {
+		t.Errorf("%+v", st)
+	}
+	f.mu.Lock()
+	if e := f.events[len(f.events)-1]; e.Kind != Denied || e.From != "read_only" || e.Call != "lsm/file_open" || e.Count != 3 || e.PID != 0 {
+		t.Errorf("%+v", e)
+	}
+	f.mu.Unlock()
+	for range 2 {
+		f.Unhooked(errors.New("no pins"))
+	}
+	want := []string{"gap of read_only", "what BPF programs deny in a phase may not be denied: no pins"}
+	if st := f.Status(); st.State != Degraded || !slices.Equal(st.Uncovered, want) {
+		t.Errorf("%+v", st)
+	}
+	if st, err := f.to(t, "network", SetOptions{}); err != nil || st.State != Degraded {
+		t.Errorf("a switch mends it: %+v, %v", st, err)
+	}
+	f.Unhooked(nil)
+	if st := f.Status(); st.State != Holds {
+		t.Errorf("%+v", st)
+	}
+	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "denied", "lost", "switched network"}) {
+		t.Errorf("events: %v", got)
+	}
+}
+
 func TestRefused(t *testing.T) {
 	f := newFixture(t)
 	for _, tc := range []struct {

@@ -201,7 +201,7 @@ func poll(done func() bool) bool {
 		if done() {
 			return true
 		}
-		time.Sleep(pause)
+		<-time.After(pause)
 	}
 	return done()
 }

@@ -395,9 +395,9 @@ func (c *phaseCompiler) call(b *builder, name string, always, ever region) {
 	// Where the union is what all allow, or a hook tells the rest apart, the filter
 	// allows it.
 	alike, err := ever.within(always)
-	// See findHooks. Programs may have to be there before the execve: the supervisor sees
-	// to that.
-	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Hooks) > 0 && c.host.Notify) {
+	// See findHooks. What enters an irreversible phase by an execve needs its ratchet, and
+	// programs may have to be there before the execve.
+	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Ratchets)+len(c.Hooks) > 0 && c.host.Notify) {
 		c.notified[name] = true
 		b.add(name, specs.ActNotify, [][]specs.LinuxSeccompArg{nil})
 		return
@@ -579,7 +579,7 @@ func (c *phaseCompiler) gaps(o PhaseOptions) {
 	}
 	for _, p := range c.set.Phases {
 		if p.Irreversible && !c.host.Inject {
-			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "it is left if the supervisor says so", "no filter can be put on running tasks", "give syslatchd CAP_SYS_PTRACE"})
+			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "it is left if the supervisor says so", "no filter can be put on running tasks", "give syslatchd CAP_SYS_PTRACE and CAP_SYS_ADMIN, and no filter of its own"})
 		}
 	}
 	if c.Listener && !c.host.WaitKillable {

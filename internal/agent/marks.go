@@ -158,6 +158,7 @@ func (a *Agent) pickUpMarks(in *instance) {
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
+	now.Generation = max(now.Generation, 1) // it goes on
 	if err == nil {
 		_, err = a.phases.supervise(in, now)
 	}

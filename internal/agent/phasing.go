@@ -18,6 +18,7 @@ import (
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/holder"
+	"github.com/syslatch/syslatch/internal/inject"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -246,6 +247,11 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
+	filters, err := is.ratchets()
+	if err != nil {
+		return nil, fmt.Errorf("policy %s: %w", in.Decision.Policy, err)
+	}
+	ratchet := newRatchet(filters, in.barrier.scope, p.a.instanceLog(in))
 	in.supervised, err = p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
@@ -260,6 +266,9 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 			}
 		},
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
+		Ratchet:   ratchet.put,
+		Enter:     ratchet.enter,
+		HasBegun:  now.Began || in.Ran,
 		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
 	if err == nil && lost != nil {
@@ -300,6 +309,21 @@ func (b *barrier) set(f *cgroup.Freezer) {
 
 // Barrier is phase.Barrier's.
 func (b *barrier) Barrier(ctx context.Context) error {
+	return b.While(ctx, func() error { return nil })
+}
+
+// scope is what a ratchet is put on.
+func (b *barrier) scope() (inject.Scope, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.freezer == nil {
+		return inject.Scope{}, errNoCgroup
+	}
+	return inject.Scope{Cgroup: b.freezer.Dir(), Freezer: b}, nil
+}
+
+// While is inject.Freezer's.
+func (b *barrier) While(ctx context.Context, do func() error) error {
 	b.mu.Lock()
 	f := b.freezer
 	b.mu.Unlock()
@@ -309,7 +333,7 @@ func (b *barrier) Barrier(ctx context.Context) error {
 	if err := os.WriteFile(b.note, nil, 0o600); err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
-	return errors.Join(f.Barrier(ctx), os.Remove(b.note))
+	return errors.Join(f.While(ctx, do), os.Remove(b.note))
 }
 
 // thaw is for a barrier that an earlier process began and didn't end.

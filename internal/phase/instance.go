@@ -65,6 +65,11 @@ type Instance struct {
 	Limits func(ctx context.Context, phase string) error
 	// Ratchet puts an irreversible phase's filter on every task.
 	Ratchet func(ctx context.Context, phase string) error
+	// Enter sees to it that what a task, which comes from outside, is about to execute
+	// has that filter. It returns when the execve may go on.
+	Enter func(tid int, phase string) error
+	// HasBegun: an earlier process saw the first execve.
+	HasBegun bool
 	// Uncovered is what a phase asks for and nothing enforces here.
 	Uncovered func(phase string) []string
 }
@@ -83,6 +88,9 @@ type Supervised struct {
 	cancel  context.CancelFunc
 	serving sync.WaitGroup
 	began   sync.Once
+	// begun is set before the first execve is decided: from then on there may be programs
+	// to put a ratchet on, and before only a runtime.
+	begun   atomic.Bool
 	denials denials
 
 	mu     sync.Mutex
@@ -118,6 +126,7 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 	if sv.tables == nil {
 		sv.tables = Tables(in.Plan)
 	}
+	sv.begun.Store(in.HasBegun || !in.Plan.Listener)
 	sv.ctx, sv.cancel = context.WithCancel(context.Background())
 	sv.denials.report, sv.denials.stop = sv.reportDenied, make(chan struct{})
 	return sv, nil
@@ -354,7 +363,7 @@ func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
 	}
-	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil {
+	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil && sv.begun.Load() {
 		errs = append(errs, sv.fails(atRatchet, sv.in.Ratchet(ctx, to)))
 	}
 	return errors.Join(errs...)
@@ -416,7 +425,10 @@ func (sv *Supervised) Rejudge(ctx context.Context) error {
 func (sv *Supervised) Serve(l Listener) { sv.serve(l, true) }
 
 // Resume is Serve for a chain that is past its start.
-func (sv *Supervised) Resume(l Listener) { sv.serve(l, false) }
+func (sv *Supervised) Resume(l Listener) {
+	sv.begun.Store(true)
+	sv.serve(l, false)
+}
 
 func (sv *Supervised) serve(l Listener, starting bool) {
 	c := &chain{sv: sv, starting: starting}
@@ -467,21 +479,30 @@ type chain struct {
 // decide by number and register values alone: what pointers point at may change after
 // it was looked at.
 func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
+	begins := false
+	if c.starting {
+		name, _ := seccomp.Name(n.ABI, n.Number)
+		begins = name == "execve" || name == "execveat"
+	}
+	if begins {
+		c.sv.begun.Store(true) // so that either this sees a switch, or that sees this
+	}
 	t := c.sv.now.Load()
 	goOn, errno = t.Decide(n.ABI, n.Number, n.Args)
 	if c.starting {
 		if !goOn {
 			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
 		}
-		name, _ := seccomp.Name(n.ABI, n.Number)
-		begins := name == "execve" || name == "execveat"
-		if goOn && begins && c.sv.in.Ready != nil {
+		if begins && goOn && c.sv.in.Ready != nil {
 			if err := c.sv.in.Ready(); err != nil {
 				c.sv.log.WithError(err).Error("an instance's program is not executed")
 				goOn, errno = false, uint(unix.EPERM)
 			}
 		}
-		if goOn && begins {
+		if begins && goOn {
+			goOn, errno = c.enters(n.PID, t.Phase)
+		}
+		if begins && goOn {
 			// An answer that comes too late, because of a signal, has the call made again.
 			n.Accepted = func() {
 				c.starting = false
@@ -495,4 +516,16 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		c.sv.denials.add(n, t.Phase)
 	}
 	return goOn, errno
+}
+
+// enters says whether a task may execute what will be the first program of its chain.
+func (c *chain) enters(tid int, phase string) (goOn bool, errno uint) {
+	if c.sv.in.Enter == nil || c.sv.in.Plan.Ratchets[phase] == nil {
+		return true, 0
+	}
+	if err := c.sv.in.Enter(tid, phase); err != nil {
+		c.sv.log.WithError(err).WithField("phase", phase).Error("a program is not executed, as it can't be given the phase's own filter")
+		return false, uint(unix.EPERM)
+	}
+	return true, 0
 }

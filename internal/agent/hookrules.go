@@ -92,6 +92,33 @@ func (g *guard) add(e *bpf.Enforcer, id uint64, path string, opts bpf.EnforceOpt
 	return err
 }
 
+// addBelow adds what a container that runs has made below its cgroup. What it makes from
+// now on below what is known is known to the kernel.
+func (g *guard) addBelow(path string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for again := true; again; {
+		again = false
+		children, err := cgroup.Children(path)
+		if err != nil {
+			return err
+		}
+		for _, dir := range children {
+			id, err := cgroup.ID(dir)
+			if err == nil {
+				err = g.enforcer.AddCgroup(g.handle, id)
+			}
+			switch {
+			case err == nil:
+				again = true
+			case !errors.Is(err, bpf.ErrTracked) && !errors.Is(err, fs.ErrNotExist):
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // remove ends it; what is there no more has ended.
 func (g *guard) remove() error {
 	g.mu.Lock()

@@ -154,6 +154,11 @@ func (p *programs) add(in *instance, pid int) (err error) {
 	if err := in.guard.add(p.enforcer, in.CgroupID, path, opts); err != nil {
 		return err
 	}
+	if in.Ran {
+		if err := in.guard.addBelow(path); err != nil {
+			return err
+		}
+	}
 	return p.own(in)
 }
 

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -184,6 +185,33 @@ func TestProgramsAreMissed(t *testing.T) {
 		t.Errorf("host: %+v", w.a.phases.host)
 	}
 	w.policy.BPFFS = filepath.Dir(w.policy.BPFFS)
+}
+
+// One that is attached to late may have made cgroups of its own.
+func TestProgramsFindWhatIsBelow(t *testing.T) {
+	w := newProgramWorld(t)
+	g := newGroup(t)
+	if _, err := w.a.Plan(t.Context(), policy.Container{ID: "c1", Name: "c1", Image: "app:1", CgroupsPath: g.Path()}, adjust.Runtime{Engine: "test", PID: os.Getpid()}); err != nil {
+		t.Fatal(err)
+	}
+	pid, _ := occupy(t, g)
+	below := filepath.Join(g.Path(), "a", "b")
+	if err := os.MkdirAll(below, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _, _ = os.Remove(below), os.Remove(filepath.Dir(below)) })
+	in := w.a.instance("c1")
+	in.Ran = true
+	if err := w.a.Starting(t.Context(), "c1", pid); err != nil {
+		t.Fatal(err)
+	}
+	id, err := cgroup.ID(below)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := in.guard.enforcer.AddCgroup(in.guard.handle, id); !errors.Is(err, bpf.ErrTracked) {
+		t.Errorf("below: %v, want that it is known", err)
+	}
 }
 
 // What no journal knows is taken off empty cgroups, and left alone otherwise.

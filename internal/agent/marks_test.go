@@ -42,7 +42,7 @@ policies:
   match: {}
   mode: record
   failure: deny
-  phases: {initial: look, look: {next: [make]}, make: {limits: {pids: {max: 1}}}, idle: {irreversible: true}}
+  phases: {initial: look, look: {next: [make]}, make: {limits: {pids: {max: 1}}}, idle: {irreversible: true}, cut: {}}
 `, dir, dir, pins)), policy.Options{Phases: true})
 	if err != nil {
 		t.Fatal(err)
@@ -100,7 +100,7 @@ policies:
 	switches := func(to string, generation uint64) {
 		t.Helper()
 		st, err := a.Phases().Set(t.Context(), c.ID, to, phase.SetOptions{})
-		if err != nil || st.Phase != to || st.State != phase.Holds || st.Generation != generation || !st.Recorded || len(st.Next) != 2 {
+		if err != nil || st.Phase != to || st.State != phase.Holds || st.Generation != generation || !st.Recorded || len(st.Next) != 3 {
 			t.Fatalf("%+v, %v", st, err)
 		}
 	}
@@ -141,10 +141,22 @@ policies:
 		return err == nil && strings.HasPrefix(string(at), "0 0x0 ")
 	})
 	switches("idle", 4)
-	until("counted behind the switch", func() bool {
-		s, err := a.recorder.(*bpf.Recorder).Snapshot(*a.instance(c.ID).handle)
-		return err != nil || slices.ContainsFunc(s.Calls, func(c bpf.CallSet) bool { return c.Phase == 2 })
-	})
+	counted := func(number uint8) func() bool {
+		return func() bool {
+			s, err := a.recorder.(*bpf.Recorder).Snapshot(*a.instance(c.ID).handle)
+			return err != nil || slices.ContainsFunc(s.Calls, func(c bpf.CallSet) bool { return c.Phase == number })
+		}
+	}
+	until("counted behind the switch", counted(2))
+	// A kill in a switch, behind the journal and before the barrier.
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.journal.savePhase(c.ID, phaseNow{Phase: "cut", Generation: 5}); err != nil {
+		t.Fatal(err)
+	}
+	a = open(t, p, log)
+	until("counted behind the switch that was cut off", counted(3))
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +193,7 @@ policies:
 	}
 	for call, want := range map[string][]string{
 		"mkdir": {"make"}, "utimensat": {"make"}, "getdents64": {"look"},
-		"execve": {"look", "make", "start"}, "brk": {"look", "make"}, "read": {"idle", "look", "make"},
+		"execve": {"look", "make", "start"}, "brk": {"look", "make"}, "read": {"cut", "idle", "look", "make"},
 	} {
 		if diff := cmp.Diff(want, in(call)); diff != "" {
 			t.Errorf("phases with %s: %s", call, diff)
@@ -198,7 +210,7 @@ policies:
 		t.Errorf("the version is no union: %+v, %v", v, err)
 	}
 	suggested, err := profiles.SuggestPhases(recs, profiles.SuggestOptions{})
-	if err != nil || suggested.Initial != "look" || len(suggested.Phases) != 3 {
+	if err != nil || suggested.Initial != "look" || len(suggested.Phases) != 4 {
 		t.Errorf("%+v, %v", suggested, err)
 	}
 	if _, err := a.Phases().Set(t.Context(), c.ID, "look", phase.SetOptions{}); err == nil {

@@ -502,11 +502,16 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if in.CgroupID == 0 {
 		return // not started yet
 	}
+	a.rejudge(in, sv, "calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+}
+
+// rejudge finishes a switch that an earlier process may have begun.
+func (a *Agent) rejudge(in *instance, sv *phase.Supervised, otherwise string) {
 	a.spawn("judge calls again", func() {
 		ctx, cancel := context.WithTimeout(a.stopped, rejudgeTime)
 		defer cancel()
 		if err := sv.Rejudge(ctx); err != nil {
-			log.WithError(err).Error("calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+			a.instanceLog(in).WithError(err).Error(otherwise)
 		}
 	})
 }

@@ -155,6 +155,7 @@ func (a *Agent) mark(in *instance) error {
 // pickUpMarks goes on with the phases of a recording that an earlier process left.
 func (a *Agent) pickUpMarks(in *instance) {
 	log := a.instanceLog(in)
+	a.unfreeze(in)
 	now, err := a.journalOf(in).phase(in.Container.ID)
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
@@ -167,11 +168,6 @@ func (a *Agent) pickUpMarks(in *instance) {
 	if err != nil {
 		log.WithError(err).Error("phases not picked up: the container is recorded on, in the phase that it is in")
 		return
-	}
-	if in.CgroupID != 0 {
-		if err := a.phases.found(in, in.Container.PID); err != nil {
-			log.WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
-		}
 	}
 	if err := a.phases.serveInside(in); err != nil {
 		log.WithError(err).Error("the container can't switch its phase by itself")

@@ -157,6 +157,23 @@ policies:
 	}
 	a = open(t, p, log)
 	until("counted behind the switch that was cut off", counted(3))
+	// One in the barrier, with a journal that can't be read: it is recorded on, and runs.
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	frozen := filepath.Join(c.CgroupsPath, "cgroup.freeze")
+	for path, text := range map[string]string{frozen: "1", a.journal.path(c.ID, frozenSuffix): "", a.journal.path(c.ID, phaseSuffix): "{"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a = open(t, p, log)
+	if text, err := os.ReadFile(frozen); err != nil || string(text) != "0\n" {
+		t.Errorf("after a kill in the barrier: frozen %q, %v", text, err)
+	}
+	if _, err := a.Phases().Get(c.ID); err == nil {
+		t.Error("picked up in a phase that nobody knows")
+	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}

@@ -70,6 +70,10 @@
 // the recorder's; what the map of cgroups has no room for is looked for among
 // ancestors. What the programs can't tell they deny, and count ([Enforcer.Errors]).
 //
+// A container runtime's processes are in the cgroup before they execute the program,
+// and do there what a phase may deny. With [EnforceOptions].Starting and Entered nothing
+// is denied to them until then.
+//
 // BUG(bpf): a path is looked at where a file is opened. WriteTrees and ReadTrees say
 // nothing of files that are open, nor of rename, link, mkdir and their kin; a file
 // that an open makes outside of them is denied and stays, empty.

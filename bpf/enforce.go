@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -39,15 +40,25 @@ func (e *MissingError) Unwrap() error { return ErrUnsupported }
 
 // EnforceOptions are for one instance.
 type EnforceOptions struct {
-	// Phase is the one that is in force first: StartPhase, or another.
+	// Phase is the one that is in force first.
 	Phase uint8
+	// Starting, if not nil, is a pidfd of the process that is to become the instance's
+	// program. Nothing is denied to it, nor to what it forks, until it executes a
+	// program under more than StartFilters seccomp filters.
+	Starting     *os.File
+	StartFilters uint32
+	// Entered says the same of each process that somebody who is in no instance puts
+	// into the cgroup later, and of the filters that it comes with: a container
+	// runtime's, of an exec. It has to load a filter.
+	Entered bool
 	// Dir is the instance's cgroup, open, to which the programs that look at
 	// addresses (cgroup/connect4 and its kin) are attached. They run for sockets that
 	// are made in it and below. Without it there are none, and BPF LSM has to do.
 	Dir *os.File
 	// MountNS is the inode number of the mount namespace (/proc/PID/ns/mnt) in which
 	// ReadTrees and WriteTrees are names, and without which none is opened. With 0 it
-	// is that of whichever task: one that can make namespaces gives names as it likes.
+	// is that of Starting when it executes the program, or of whichever task: one that can
+	// make namespaces gives names as it likes.
 	MountNS uint32
 	// Partial takes an instance whose set needs programs that are missing. What they
 	// would deny passes.
@@ -66,7 +77,7 @@ type EnforceOptions struct {
 // missing that its set needs.
 //
 // The writes, in order: the slot is set up; trees and destinations; links' pins; the
-// cgroup's entry; the phase, from which on it holds; the slot is active. What a crash
+// starting process's mark; the cgroup's entry; the phase, from which on it holds; the slot is active. What a crash
 // leaves before the last is undone by the next OpenEnforcer.
 func (e *Enforcer) Add(cgroup uint64, set PhaseSet, opts EnforceOptions) (PhaseHandle, error) {
 	what := fmt.Sprintf("enforce cgroup %d", cgroup)
@@ -105,6 +116,9 @@ func (e *Enforcer) Add(cgroup uint64, set PhaseSet, opts EnforceOptions) (PhaseH
 		Cgroup: cgroup, Tag: opts.Tag, Generation: h.Generation, MountNs: opts.MountNS,
 		State: uint32(phasesPhaseStatePHASE_SETUP), Needs: uint32(set.needs() & have),
 	}
+	if opts.Entered {
+		next.Entered = 1
+	}
 	for n, r := range set {
 		next.Known |= 1 << n
 		next.Rules[n] = r.raw()
@@ -134,6 +148,12 @@ func (e *Enforcer) begin(h PhaseHandle, set PhaseSet, opts EnforceOptions) error
 		}
 		if err := e.attach(p, name, opts.Dir); err != nil {
 			return err
+		}
+	}
+	if opts.Starting != nil {
+		entry := phasesPhaseEntry{Filters: opts.StartFilters, Starts: 1}
+		if err := e.maps[phasesMapPhaseEntries].Put(uint32(opts.Starting.Fd()), entry); err != nil {
+			return fmt.Errorf("mark the process that starts: %w", err)
 		}
 	}
 	if err := e.enter(h, s.Cgroup); err != nil {
@@ -297,7 +317,7 @@ func (e *Enforcer) Set(h PhaseHandle, phase uint8) error {
 		if uint32(now) != h.Generation {
 			return fmt.Errorf("%s: %w", h, ErrUnknown)
 		}
-		if phase > StartPhase || s.Known&(1<<phase) == 0 {
+		if phase >= Phases || s.Known&(1<<phase) == 0 {
 			return fmt.Errorf("%s: phase %d is none of its phases", h, phase)
 		}
 		// The generation is compared as well: another process may have removed the
@@ -306,6 +326,28 @@ func (e *Enforcer) Set(h PhaseHandle, phase uint8) error {
 			return nil
 		}
 	}
+}
+
+// Own lets every phase send to, and receive from, what is connected to a unix socket's
+// listener that is bound to a file. Whether it may connect is the phase's business.
+func (e *Enforcer) Own(h PhaseHandle, socket string) error {
+	var st unix.Stat_t
+	if err := unix.Lstat(socket, &st); err != nil {
+		return &fs.PathError{Op: "lstat", Path: socket, Err: err}
+	}
+	release, err := e.acquire()
+	if err != nil {
+		return err
+	}
+	defer release()
+	s, err := e.slot(h)
+	if err != nil {
+		return err
+	}
+	atomic.StoreUint64(&s.OwnIno, 0)
+	atomic.StoreUint32(&s.OwnDev, unix.Major(st.Dev)<<20|unix.Minor(st.Dev)) // the kernel's form
+	atomic.StoreUint64(&s.OwnIno, st.Ino)
+	return nil
 }
 
 // Remove ends an instance: nothing is denied to its tasks any more.
@@ -380,7 +422,7 @@ func (e *Enforcer) Instances() ([]Enforced, error) {
 			PhaseHandle: PhaseHandle{uint32(i), s.Generation}, Cgroup: s.Cgroup, Tag: s.Tag,
 			Phase: uint8(atomic.LoadUint64(&s.Now) >> 32), Programs: hooks(s.Needs).names(),
 		}
-		for n := uint8(0); n <= StartPhase; n++ {
+		for n := range uint8(Phases) {
 			if s.Known&(1<<n) != 0 {
 				one.Phases = append(one.Phases, n)
 			}

@@ -86,6 +86,9 @@ func lsmProgram(name, hook string, h phasesPhaseHook) phaseProgram {
 var phasePrograms = []phaseProgram{
 	{phasesProgSyslatchPmkdir, "tp_btf/cgroup_mkdir", attachTracing, -1, ebpf.AttachTraceRawTp},
 	{phasesProgSyslatchPrmdir, "tp_btf/cgroup_release", attachTracing, -1, ebpf.AttachTraceRawTp},
+	{phasesProgSyslatchPattach, "tp_btf/cgroup_attach_task", attachTracing, -1, ebpf.AttachTraceRawTp},
+	{phasesProgSyslatchPfork, "tp_btf/sched_process_fork", attachTracing, -1, ebpf.AttachTraceRawTp},
+	{phasesProgSyslatchPexec, "tp_btf/sched_process_exec", attachTracing, -1, ebpf.AttachTraceRawTp},
 	lsmProgram(phasesProgSyslatchOpen, "file_open", phasesPhaseHookHOOK_FILE_OPEN),
 	lsmProgram(phasesProgSyslatchCreate, "inode_create", phasesPhaseHookHOOK_INODE_CREATE),
 	lsmProgram(phasesProgSyslatchFperm, "file_permission", phasesPhaseHookHOOK_FILE_PERMISSION),
@@ -120,6 +123,7 @@ var phaseMaps = map[string]struct {
 	phasesMapPhaseTrees:   {"syslatch_trees", ebpf.LPMTrie, 4},
 	phasesMapPhaseDests:   {"syslatch_dests", ebpf.LPMTrie, int(unsafe.Sizeof(phasesDestinationPorts{}))},
 	phasesMapPhaseBuffers: {"syslatch_paths", ebpf.Array, int(unsafe.Sizeof(phasesPathBuffer{}))},
+	phasesMapPhaseEntries: {"syslatch_enter", ebpf.TaskStorage, int(unsafe.Sizeof(phasesPhaseEntry{}))},
 	phasesMapPhaseErrors:  {"syslatch_perror", ebpf.Array, 8},
 }
 

@@ -480,14 +480,113 @@ func TestPhaseExec(t *testing.T) {
 	cg := newCgroup(t)
 	r := bpf.AnyPhase()
 	r.Exec = false
-	h := add(t, e, cg, bpf.PhaseSet{0: r, bpf.StartPhase: bpf.AnyPhase()}, bpf.EnforceOptions{Phase: bpf.StartPhase})
+	h := add(t, e, cg, bpf.PhaseSet{0: r, 5: bpf.AnyPhase()}, bpf.EnforceOptions{Phase: 5})
 	k := startTask(t, cg)
 	k.want(0, op{Do: "exec", Path: "/bin/true"})
 	set(t, e, h, 0)
 	k.want(eperm, op{Do: "exec", Path: "/bin/true"})
 	k.opens(0, op{Do: "open", Path: "/bin/true"})
-	set(t, e, h, bpf.StartPhase)
+	set(t, e, h, 5)
 	k.want(0, op{Do: "exec", Path: "/bin/true"})
+	k.ends()
+	noErrors(t, e)
+}
+
+// A runtime's processes are let alone until they execute the program.
+func TestPhaseEntering(t *testing.T) {
+	needLSM(t)
+	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
+	cg, dir := newCgroup(t), files(t, "f")
+	here := bpf.AnyPhase()
+	here.WriteTrees = []string{cgroupRoot}
+	writes := op{Do: "open", Path: filepath.Join(dir, "f"), Flags: wronly}
+	shell := op{Do: "sh", Path: "exec 2>&-; : >" + writes.Path}
+
+	starts := startTask(t, cg)
+	fd, err := unix.PidfdOpen(starts.cmd.Process.Pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pidfd := os.NewFile(uintptr(fd), "pidfd")
+	defer pidfd.Close()
+	add(t, e, cg, bpf.PhaseSet{0: here}, bpf.EnforceOptions{Starting: pidfd, StartFilters: uint32(baseFilters(t)), Entered: true})
+	nested, procs := cg.child(t, "nested"), filepath.Join(cg.path, "cgroup.procs")
+	cloned, moved := startTask(t, cg), startTask(t, newCgroup(t))
+	if err := os.WriteFile(procs, fmt.Append(nil, moved.cmd.Process.Pid), 0); err != nil {
+		t.Fatal(err)
+	}
+	for name, k := range map[string]*task{"starts": starts, "cloned": cloned, "moved": moved} {
+		t.Run(name, func(t *testing.T) {
+			k.t = t
+			for range 2 {
+				k.opens(0, writes)
+				if n := k.want(0, shell); n != 0 {
+					t.Errorf("what it forks: exit status %d", n)
+				}
+				k.want(0, op{Do: "again"}) // under no more filters
+			}
+			k.want(0, op{Do: "filter"})
+			k.opens(0, writes)
+			if n := k.want(0, shell); n == 0 {
+				t.Error("what it forks executes the program, and is let alone")
+			}
+			k.opens(0, writes)
+			k.want(0, op{Do: "again"})
+			k.opens(eperm, writes)
+			// From inside nobody enters.
+			k.want(0, op{Do: "move", Path: filepath.Join(nested.path, "cgroup.procs")})
+			k.opens(eperm, writes)
+			k.want(0, op{Do: "move", Path: procs})
+			k.opens(eperm, writes)
+			other := startTask(t, newCgroup(t))
+			k.want(0, op{Do: "move", Path: procs, Other: other.cmd.Process.Pid})
+			other.opens(eperm, writes)
+			other.ends()
+			k.ends()
+		})
+	}
+	noErrors(t, e)
+}
+
+// What is connected to the instance's own socket is used in every phase.
+func TestPhaseOwnSocket(t *testing.T) {
+	needLSM(t)
+	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
+	cg, dir := newCgroup(t), files(t)
+	silent := bpf.AnyPhase()
+	silent.Send, silent.Receive, silent.Connect = 0, 0, false
+	h := add(t, e, cg, bpf.PhaseSet{0: bpf.AnyPhase(), 1: silent}, bpf.EnforceOptions{})
+	k := startTask(t, cg)
+	var fds []int
+	for _, name := range []string{"own", "other"} {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		fd := k.want(0, op{Do: "socket", Kind: unix.AF_UNIX, Flags: stream})
+		k.want(0, op{Do: "connect", FD: fd, Addr: "unix:" + filepath.Join(dir, name)})
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("hello")); err != nil {
+			t.Fatal(err)
+		}
+		fds = append(fds, fd)
+	}
+	if err := e.Own(h, filepath.Join(dir, "own")); err != nil {
+		t.Fatal(err)
+	}
+	set(t, e, h, 1)
+	for i, want := range []unix.Errno{0, eperm} {
+		for _, do := range []string{"write", "read", "send", "recv"} {
+			k.want(want, op{Do: do, FD: fds[i]})
+		}
+	}
+	again := k.want(0, op{Do: "socket", Kind: unix.AF_UNIX, Flags: stream})
+	k.want(eperm, op{Do: "connect", FD: again, Addr: "unix:" + filepath.Join(dir, "own")})
 	k.ends()
 	noErrors(t, e)
 }
@@ -681,18 +780,18 @@ func TestPhaseOpenSockets(t *testing.T) {
 	noErrors(t, e)
 }
 
-// Each of eight phases, and the start, has its own tree.
+// Each of eight phases has its own tree.
 func TestPhaseEight(t *testing.T) {
 	needLSM(t)
 	e := openEnforcer(t, pinDir(t), bpf.EnforcerOptions{})
 	cg := newCgroup(t)
 	s := bpf.PhaseSet{}
 	var names []string
-	for n := range uint8(bpf.Phases + 1) {
+	for n := range uint8(bpf.Phases) {
 		names = append(names, fmt.Sprintf("tree%d/f", n))
 	}
 	dir := files(t, names...)
-	for n := range uint8(bpf.Phases + 1) {
+	for n := range uint8(bpf.Phases) {
 		r := bpf.AnyPhase()
 		r.WriteTrees = []string{filepath.Join(dir, filepath.Dir(names[n]))}
 		s[n] = r
@@ -715,7 +814,7 @@ func TestPhaseEight(t *testing.T) {
 		t.Fatalf("%+v, %v", denials, err)
 	}
 	for _, d := range denials {
-		if d.Program != "lsm/file_open" || d.Count != 8 {
+		if d.Program != "lsm/file_open" || d.Count != bpf.Phases-1 {
 			t.Errorf("%+v", d)
 		}
 	}

@@ -206,7 +206,7 @@ func TestPhaseArguments(t *testing.T) {
 		want string
 	}{
 		{nil, bpf.EnforceOptions{}, "no phases"},
-		{bpf.PhaseSet{9: bpf.AnyPhase()}, bpf.EnforceOptions{Phase: 9}, "phase 9: give one below 8"},
+		{bpf.PhaseSet{8: bpf.AnyPhase()}, bpf.EnforceOptions{Phase: 8}, "phase 8: give one below 8"},
 		{bpf.PhaseSet{1: bpf.AnyPhase()}, bpf.EnforceOptions{}, "first phase 0 is none"},
 		{trees("var"), bpf.EnforceOptions{}, "no absolute clean path"},
 		{trees("/var/"), bpf.EnforceOptions{}, "no absolute clean path"},
@@ -316,14 +316,14 @@ func TestPhaseAddresses(t *testing.T) {
 	a, b, six := serve(t, "127.0.0.1"), serve(t, "127.0.0.1"), serve(t, "::1")
 	at := func(host string, port int) string { return net.JoinHostPort(host, fmt.Sprint(port)) }
 	set0 := bpf.PhaseSet{
-		0:              bpf.AnyPhase(),
-		1:              reach("127.0.0.0/8", a.port),
-		2:              reach(),
-		3:              reach("::1/128", six.port, "127.0.0.2/32", b.port),
-		4:              reach("127.0.0.0/8", a.port, "127.0.0.1/32", b.port, "::/0", 0),
-		bpf.StartPhase: reach("127.0.0.1/32", b.port),
+		0: bpf.AnyPhase(),
+		1: reach("127.0.0.0/8", a.port),
+		2: reach(),
+		3: reach("::1/128", six.port, "127.0.0.2/32", b.port),
+		4: reach("127.0.0.0/8", a.port, "127.0.0.1/32", b.port, "::/0", 0),
+		5: reach("127.0.0.1/32", b.port),
 	}
-	h := add(t, e, cg, set0, bpf.EnforceOptions{Phase: bpf.StartPhase})
+	h := add(t, e, cg, set0, bpf.EnforceOptions{Phase: 5})
 	other := newCgroup(t)
 	k, free := startTask(t, cg), startTask(t, other)
 	verdict := func(ok bool) unix.Errno {
@@ -336,7 +336,7 @@ func TestPhaseAddresses(t *testing.T) {
 		phase             uint8
 		a, b, six, mapped bool
 	}{
-		{bpf.StartPhase, false, true, false, true},
+		{5, false, true, false, true},
 		{0, true, true, true, true},
 		{1, true, false, false, false},
 		{2, false, false, false, false},
@@ -566,7 +566,7 @@ func TestPhaseRandomDestinations(t *testing.T) {
 	}
 	for range 8 {
 		s := bpf.PhaseSet{}
-		for phase := range uint8(bpf.Phases + 1) {
+		for phase := range uint8(bpf.Phases) {
 			rules := reach()
 			for range r.IntN(6) {
 				a := random(r.IntN(2) == 0)

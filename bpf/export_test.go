@@ -33,5 +33,5 @@ func (e *Enforcer) CrashInAdd(h PhaseHandle) {
 
 // BreakPhase makes a phase the current one that doesn't exist.
 func (e *Enforcer) BreakPhase(h PhaseHandle) {
-	atomic.StoreUint64(&e.slots[h.Slot].Now, uint64(StartPhase+1)<<32|uint64(h.Generation))
+	atomic.StoreUint64(&e.slots[h.Slot].Now, uint64(Phases)<<32|uint64(h.Generation))
 }

@@ -38,6 +38,12 @@ var (
 	bpffs      string // a mount of this run's own
 )
 
+func init() {
+	if os.Getenv(helperEnv) != "" {
+		runtime.LockOSThread() // to the leader, as a runtime's init is when it executes the program
+	}
+}
+
 func TestMain(m *testing.M) {
 	if mode := os.Getenv(helperEnv); mode != "" {
 		if err := helper(mode); err != nil {

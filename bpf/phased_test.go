@@ -50,6 +50,16 @@ func phased(in io.Reader, out io.Writer) error {
 		} else if err != nil {
 			return err
 		}
+		if o.Do == "again" { // the next answer is that of the program that it executes
+			if err := e.Encode(done{}); err != nil {
+				return err
+			}
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			return unix.Exec(exe, []string{exe}, os.Environ())
+		}
 		n, err := w.do(o)
 		r := done{N: n}
 		if err != nil && !errors.As(err, &r.Errno) {
@@ -179,8 +189,15 @@ func (w *worker) do(o op) (int, error) {
 		}
 		n, m, errno := unix.Syscall(unix.SYS_MQ_UNLINK, uintptr(unsafe.Pointer(name)), 0, 0)
 		return errnoOf(n, m, errno)
-	case "exec":
-		pid, err := syscall.ForkExec(o.Path, []string{o.Path}, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}})
+	case "filter":
+		_, _, errno := unix.Syscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_TSYNC, uintptr(unsafe.Pointer(allowAll())))
+		return errnoOf(0, 0, errno)
+	case "exec", "sh":
+		argv := []string{o.Path}
+		if o.Do == "sh" {
+			argv = []string{"/bin/busybox", "sh", "-c", o.Path}
+		}
+		pid, err := syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{Files: []uintptr{0, 1, 2}})
 		if err != nil {
 			return -1, err
 		}
@@ -197,7 +214,7 @@ func (w *worker) do(o op) (int, error) {
 	case "mkdir":
 		return 0, unix.Mkdir(o.Path, 0o700)
 	case "move":
-		return 0, os.WriteFile(o.Path, []byte("0"), 0)
+		return 0, os.WriteFile(o.Path, []byte(fmt.Sprint(o.Other)), 0)
 	case "socket":
 		return unix.Socket(o.Kind, o.Flags, o.Other)
 	case "socketpair":

@@ -34,6 +34,7 @@ struct css_set {
 };
 
 struct super_block {
+	__u32 s_dev;
 	unsigned long s_flags;
 	unsigned long s_magic;
 };
@@ -41,6 +42,7 @@ struct super_block {
 struct inode {
 	unsigned short i_mode;
 	struct super_block *i_sb;
+	unsigned long i_ino;
 };
 
 struct dentry {
@@ -87,7 +89,20 @@ struct nsproxy {
 	struct mnt_namespace *mnt_ns;
 };
 
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct seccomp {
+	atomic_t filter_count;
+};
+
 struct task_struct {
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	__u64 self_exec_id;
+	struct seccomp seccomp;
 	struct css_set *cgroups;
 	struct fs_struct *fs;
 	struct nsproxy *nsproxy;
@@ -121,6 +136,7 @@ struct unix_address;
 
 struct unix_sock {
 	struct unix_address *addr;
+	struct path path;
 	struct sock *peer;
 };
 

@@ -12,10 +12,6 @@ import (
 	"strings"
 )
 
-// StartPhase is the number of the time before an instance's first phase, in a
-// [PhaseSet] and in [Enforcer.Set]; the phases are 0 to [Phases]-1.
-const StartPhase = Phases
-
 // What one phase may have.
 const (
 	MaxTrees        = 64 // of each kind
@@ -92,7 +88,7 @@ type Destination struct {
 	Port   uint16
 }
 
-// PhaseSet is an instance's phases, by number, [StartPhase] among them. Numbers that
+// PhaseSet is an instance's phases, by number, from 0 to [Phases]-1. Numbers that
 // aren't in it can't be set.
 type PhaseSet map[uint8]PhaseRules
 
@@ -101,8 +97,8 @@ func (s PhaseSet) check() error {
 		return errors.New("no phases: give the rules of one at least")
 	}
 	for n, r := range s {
-		if n > StartPhase {
-			return fmt.Errorf("phase %d: give one below %d, or %d for the start", n, Phases, StartPhase)
+		if n >= Phases {
+			return fmt.Errorf("phase %d: give one below %d", n, Phases)
 		}
 		if err := r.check(); err != nil {
 			return fmt.Errorf("phase %d: %w", n, err)

@@ -66,6 +66,13 @@ struct {
 } phase_buffers SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct phase_entry);
+} phase_entries SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, PHASE_ERRORS);
 	__type(key, __u32);
@@ -182,9 +189,34 @@ static __noinline int count_denial(__u32 slot, __u32 phase, __u32 hook)
 	return 0;
 }
 
-static __always_inline void deny(struct found *f, __u32 hook)
+/* Whether a process is a runtime's that has not executed the program yet. */
+static __always_inline int is_entering(struct task_struct *leader)
 {
-	count_denial(f->slot, f->phase, hook);
+	struct phase_entry *e;
+	__u64 id = leader->self_exec_id;
+
+	e = bpf_task_storage_get(&phase_entries, leader, NULL, 0);
+	if (!e)
+		return 0;
+	if (!e->exec_id)
+		e->exec_id = id;
+	return e->exec_id == id;
+}
+
+/* What a hook answers that would deny: the current task may be a runtime's. */
+static __noinline int denied(__u32 slot, __u32 phase, __u32 hook)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+
+	if (is_entering(task->group_leader))
+		return 0;
+	count_denial(slot, phase, hook);
+	return -EPERM;
+}
+
+static __always_inline int deny(struct found *f, __u32 hook)
+{
+	return denied(f->slot, f->phase, hook);
 }
 
 /* A hook that takes yes or no. */
@@ -194,8 +226,7 @@ static __always_inline int by_allow(__u32 what, __u32 hook)
 
 	if (!governed_task(&f) || allows(&f, what))
 		return 0;
-	deny(&f, hook);
-	return -EPERM;
+	return deny(&f, hook);
 }
 
 /* Files */
@@ -339,8 +370,7 @@ int BPF_PROG(syslatch_open, struct file *file)
 	if (!kinds || in_trees(&f, file, kinds))
 		return 0;
 denied:
-	deny(&f, HOOK_FILE_OPEN);
-	return -EPERM;
+	return deny(&f, HOOK_FILE_OPEN);
 }
 
 /* O_CREAT makes the file before file_open sees it. mq_open comes here, too,
@@ -354,8 +384,7 @@ int BPF_PROG(syslatch_create, struct inode *dir)
 	if (!governed_task(&f) || allows(&f, ALLOW_OPEN_WRITE) ||
 	    BPF_CORE_READ(dir, i_sb, s_magic) == MQUEUE_MAGIC)
 		return 0;
-	deny(&f, HOOK_INODE_CREATE);
-	return -EPERM;
+	return deny(&f, HOOK_INODE_CREATE);
 }
 
 /* A regular file that a path leads to: not memory (memfd, System V's), nor
@@ -512,6 +541,25 @@ static __always_inline int is_pair(struct sock *sk)
 	return peer && !BPF_CORE_READ(peer, addr);
 }
 
+/* A socket that is connected to the instance's own, whose listener is bound there:
+ * who may not connect may go on to speak.
+ */
+static __always_inline int is_own(struct found *f, struct sock *sk)
+{
+	struct phase_slot *s = bpf_map_lookup_elem(&phase_slots, &f->slot);
+	struct unix_sock *u = (void *)sk, *peer;
+	struct inode *inode;
+
+	if (!s || !s->own_ino)
+		return 0;
+	peer = (void *)BPF_CORE_READ(u, peer);
+	if (!peer)
+		return 0;
+	inode = BPF_CORE_READ(peer, path.dentry, d_inode);
+	return inode && BPF_CORE_READ(inode, i_ino) == s->own_ino &&
+	       BPF_CORE_READ(inode, i_sb, s_dev) == s->own_dev;
+}
+
 /* Whether a socket that is there may send, or receive: to the address that is
  * given, and where it is connected.
  */
@@ -524,7 +572,7 @@ static __noinline int may_use(struct found *f, struct sock *sk, int sends,
 	if (!f || !f->rules)
 		return 0;
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
-	if (family == AF_UNIX && !address && is_pair(sk))
+	if (family == AF_UNIX && !address && (is_pair(sk) || is_own(f, sk)))
 		return 1;
 	may = sends ? f->rules->send : f->rules->receive;
 	if (family > 63 || !(may & (1ULL << family)))
@@ -555,8 +603,7 @@ int BPF_PROG(syslatch_socket, int family, int type, int protocol, int kern)
 	      (family == AF_INET || family == AF_INET6) &&
 	      has_hidden_peers(protocol)))
 		return 0;
-	deny(&f, HOOK_SOCKET_CREATE);
-	return -EPERM;
+	return deny(&f, HOOK_SOCKET_CREATE);
 }
 
 SEC("lsm/socket_connect")
@@ -581,8 +628,7 @@ int BPF_PROG(syslatch_conn, struct socket *sock, struct sockaddr *address)
 	     may_reach(&f, BPF_CORE_READ(sock, sk), address)))
 		return 0;
 denied:
-	deny(&f, HOOK_SOCKET_CONNECT);
-	return -EPERM;
+	return deny(&f, HOOK_SOCKET_CONNECT);
 }
 
 /* Passed by send(2) and its kin, by write(2), and by a connect that
@@ -599,8 +645,7 @@ int BPF_PROG(syslatch_send, struct socket *sock, struct msghdr *msg)
 	address = msg->msg_namelen > 0 ? msg->msg_name : NULL;
 	if (may_use(&f, BPF_CORE_READ(sock, sk), 1, address))
 		return 0;
-	deny(&f, HOOK_SOCKET_SENDMSG);
-	return -EPERM;
+	return deny(&f, HOOK_SOCKET_SENDMSG);
 }
 
 SEC("lsm/socket_recvmsg")
@@ -610,8 +655,7 @@ int BPF_PROG(syslatch_recv, struct socket *sock)
 
 	if (!governed_task(&f) || may_use(&f, BPF_CORE_READ(sock, sk), 0, NULL))
 		return 0;
-	deny(&f, HOOK_SOCKET_RECVMSG);
-	return -EPERM;
+	return deny(&f, HOOK_SOCKET_RECVMSG);
 }
 
 /* Passed by every read and write, so the next to last thing that is looked at
@@ -649,8 +693,7 @@ int BPF_PROG(syslatch_fperm, struct file *file, int mask)
 	default:
 		return 0;
 	}
-	deny(&f, HOOK_FILE_PERMISSION);
-	return -EPERM;
+	return deny(&f, HOOK_FILE_PERMISSION);
 }
 
 /* A mapping is read and written past every hook. There is no file if the memory
@@ -676,8 +719,7 @@ int BPF_PROG(syslatch_mmap, struct file *file, unsigned long reqprot,
 		goto denied;
 	return 0;
 denied:
-	deny(&f, HOOK_MMAP_FILE);
-	return -EPERM;
+	return deny(&f, HOOK_MMAP_FILE);
 }
 
 SEC("lsm/file_mprotect")
@@ -691,8 +733,7 @@ int BPF_PROG(syslatch_mprot, struct vm_area_struct *vma, unsigned long reqprot,
 	    !(BPF_CORE_READ(vma, vm_flags) & VM_SHARED) ||
 	    !is_regular(BPF_CORE_READ(vma, vm_file, f_inode)))
 		return 0;
-	deny(&f, HOOK_FILE_MPROTECT);
-	return -EPERM;
+	return deny(&f, HOOK_FILE_MPROTECT);
 }
 
 /* truncate(2), and ftruncate(2) before 6.2. */
@@ -704,8 +745,7 @@ int BPF_PROG(syslatch_ptrunc, struct path *path)
 	if (!governed_task(&f) || allows(&f, ALLOW_FILE_WRITE) ||
 	    !is_regular(BPF_CORE_READ(path, dentry, d_inode)))
 		return 0;
-	deny(&f, HOOK_PATH_TRUNCATE);
-	return -EPERM;
+	return deny(&f, HOOK_PATH_TRUNCATE);
 }
 
 SEC("lsm/file_truncate")
@@ -716,8 +756,7 @@ int BPF_PROG(syslatch_ftrunc, struct file *file)
 	if (!governed_task(&f) || allows(&f, ALLOW_FILE_WRITE) ||
 	    !is_regular(BPF_CORE_READ(file, f_inode)))
 		return 0;
-	deny(&f, HOOK_FILE_TRUNCATE);
-	return -EPERM;
+	return deny(&f, HOOK_FILE_TRUNCATE);
 }
 
 SEC("lsm/bprm_check_security")
@@ -766,7 +805,7 @@ static __always_inline int address_allowed(struct bpf_sock_addr *ctx, int v6,
 		if (reaches(&f, &k, port_of(ctx->protocol, ctx->user_port)))
 			return 1;
 	}
-	deny(&f, hook);
+	count_denial(f.slot, f.phase, hook);
 	return 0;
 }
 
@@ -833,6 +872,119 @@ int BPF_PROG(syslatch_prmdir, struct cgroup *cgrp)
 		return 0;
 	id = cgrp->kn->id;
 	bpf_map_delete_elem(&phase_cgroups, &id);
+	return 0;
+}
+
+/* Processes that a runtime puts into an instance, of an exec: they open files and
+ * use sockets until they execute the program, behind the filter's load. So nothing is
+ * denied to a process from when somebody who is in no instance puts it there, nor to
+ * what it forks, until an execve under more filters than it came with.
+ */
+
+/* Whether a cgroup is of an instance that others' processes enter. */
+static __always_inline int is_entered(__u64 id)
+{
+	struct phase_cgroup *c;
+	struct phase_slot *s;
+	__u32 slot;
+
+	c = bpf_map_lookup_elem(&phase_cgroups, &id);
+	if (!c)
+		return 0;
+	slot = *(volatile __u32 *)&c->slot;
+	s = bpf_map_lookup_elem(&phase_slots, &slot);
+	return s && s->entered;
+}
+
+/* Whether the current task is in an instance, whether that is in force or not. */
+static __always_inline int is_member(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	__u64 id = task->cgroups->dfl_cgrp->kn->id;
+
+	return bpf_map_lookup_elem(&phase_cgroups, &id) || tracked_ancestor();
+}
+
+/* One that there is no room for is denied what the phase denies. */
+static __always_inline void enter(struct task_struct *leader)
+{
+	struct phase_entry e = {};
+
+	e.exec_id = leader->self_exec_id;
+	e.filters = leader->seccomp.filter_count.counter;
+	bpf_task_storage_get(&phase_entries, leader, &e,
+			     BPF_LOCAL_STORAGE_GET_F_CREATE);
+}
+
+/* Runs when the task is there already: who enters by itself is a member. */
+SEC("tp_btf/cgroup_attach_task")
+int BPF_PROG(syslatch_pattach, struct cgroup *cgrp, const char *path,
+	     struct task_struct *task)
+{
+	if (is_default(cgrp) && is_entered(cgrp->kn->id) && !is_member())
+		enter(task);
+	return 0;
+}
+
+/* Runs before the child does. */
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(syslatch_pfork, struct task_struct *parent,
+	     struct task_struct *child)
+{
+	struct phase_entry *of, e = {};
+
+	if (child->pid != child->tgid ||
+	    !bpf_map_lookup_elem(&phase_cgroups,
+				 &(__u64){ child->cgroups->dfl_cgrp->kn->id }))
+		return 0;
+	of = bpf_task_storage_get(&phase_entries, parent->group_leader, NULL, 0);
+	if (of && (!of->exec_id || of->exec_id == parent->self_exec_id)) {
+		e.exec_id = child->self_exec_id;
+		e.filters = of->filters;
+		bpf_task_storage_get(&phase_entries, child, &e,
+				     BPF_LOCAL_STORAGE_GET_F_CREATE);
+	} else if (is_entered(child->cgroups->dfl_cgrp->kn->id) &&
+		   !is_member()) {
+		enter(child); /* CLONE_INTO_CGROUP */
+	}
+	return 0;
+}
+
+/* Trees are names in the mount namespace of the program. */
+static __always_inline void note_names(struct task_struct *task)
+{
+	__u64 id = task->cgroups->dfl_cgrp->kn->id;
+	struct phase_cgroup *c;
+	struct phase_slot *s;
+	__u32 slot;
+
+	c = bpf_map_lookup_elem(&phase_cgroups, &id);
+	if (!c)
+		return;
+	slot = *(volatile __u32 *)&c->slot;
+	s = bpf_map_lookup_elem(&phase_slots, &slot);
+	if (s && !s->mount_ns)
+		s->mount_ns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+}
+
+/* Runs when the execve can't fail any more, before the new program does. */
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(syslatch_pexec, struct task_struct *task)
+{
+	struct phase_entry *e;
+
+	e = bpf_task_storage_get(&phase_entries, task, NULL, 0);
+	if (!e)
+		return 0;
+	if ((__u32)task->seccomp.filter_count.counter <= e->filters &&
+	    (!e->exec_id || e->exec_id + 1 == task->self_exec_id)) {
+		e->exec_id = task->self_exec_id;
+		return 0;
+	}
+	if (e->starts)
+		note_names(task);
+	e->exec_id = ~0ULL;
+	bpf_task_storage_delete(&phase_entries, task);
 	return 0;
 }
 

@@ -6,9 +6,9 @@
 #ifndef SYSLATCH_PHASES_H
 #define SYSLATCH_PHASES_H
 
-enum phase_layout { PHASE_LAYOUT = 1 };
+enum phase_layout { PHASE_LAYOUT = 2 };
 
-#define PHASE_SETS 9 /* the phases, and the start */
+#define PHASE_SETS 8
 #define PHASE_HOOKS 24
 #define PHASE_PORTS 16 /* of one prefix */
 #define PHASE_DEPTH                                                            \
@@ -98,7 +98,9 @@ struct phase_rules {
 	__u64 receive;
 };
 
-/* Value of phase_slots, mapped by user space, which alone writes it. */
+/* Value of phase_slots, mapped by user space, which alone writes it, but for mount_ns
+ * when the program starts.
+ */
 struct phase_slot {
 	__u64 now; /* phase << 32 | generation while in force, else 0 */
 	__u64 cgroup;
@@ -108,7 +110,20 @@ struct phase_slot {
 	__u32 needs;	/* hooks whose programs it needs, a bit for each */
 	__u32 mount_ns; /* in which trees mean something; 0: the task's own */
 	__u32 known;	/* phases that have rules, a bit for each */
+	__u32 entered;	/* by others' processes: see phase_entry */
+	__u32 own_dev;	/* of the socket that every phase may speak to, */
+	__u64 own_ino;	/* and its inode; 0: there is none */
 	struct phase_rules rules[PHASE_SETS];
+};
+
+/* Value of phase_entries, a process's: a runtime's that is in an instance until it
+ * executes the program, to which nothing is denied. It holds while the leader has
+ * that exec_id, so that it ends with an execve whatever else fails.
+ */
+struct phase_entry {
+	__u64 exec_id; /* 0: that of the first look */
+	__u32 filters; /* an execve under no more of them goes on with it */
+	__u32 starts;  /* becomes the instance's program, in its mount namespace */
 };
 
 /* Value of phase_denials. */

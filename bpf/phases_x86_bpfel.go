@@ -66,7 +66,14 @@ type phasesPhaseCgroup struct {
 
 type phasesPhaseCounts struct {
 	_      structs.HostLayout
-	Denied [9][24]uint64
+	Denied [8][24]uint64
+}
+
+type phasesPhaseEntry struct {
+	_       structs.HostLayout
+	ExecId  uint64
+	Filters uint32
+	Starts  uint32
 }
 
 type phasesPhaseError uint32
@@ -110,7 +117,7 @@ const (
 type phasesPhaseLayout uint32
 
 const (
-	phasesPhaseLayoutPHASE_LAYOUT phasesPhaseLayout = 1
+	phasesPhaseLayoutPHASE_LAYOUT phasesPhaseLayout = 2
 )
 
 type phasesPhaseLimit uint32
@@ -140,8 +147,11 @@ type phasesPhaseSlot struct {
 	Needs      uint32
 	MountNs    uint32
 	Known      uint32
+	Entered    uint32
+	OwnDev     uint32
 	_          [4]byte
-	Rules      [9]phasesPhaseRules
+	OwnIno     uint64
+	Rules      [8]phasesPhaseRules
 }
 
 type phasesPhaseState uint32
@@ -173,41 +183,45 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	phasesMapPhaseBuffers    = "phase_buffers"
-	phasesMapPhaseCgroups    = "phase_cgroups"
-	phasesMapPhaseDenials    = "phase_denials"
-	phasesMapPhaseDests      = "phase_dests"
-	phasesMapPhaseErrors     = "phase_errors"
-	phasesMapPhaseSlots      = "phase_slots"
-	phasesMapPhaseTrees      = "phase_trees"
-	phasesProgSyslatchAccept = "syslatch_accept"
-	phasesProgSyslatchBind   = "syslatch_bind"
-	phasesProgSyslatchBprm   = "syslatch_bprm"
-	phasesProgSyslatchConn   = "syslatch_conn"
-	phasesProgSyslatchConn4  = "syslatch_conn4"
-	phasesProgSyslatchConn6  = "syslatch_conn6"
-	phasesProgSyslatchCreate = "syslatch_create"
-	phasesProgSyslatchFperm  = "syslatch_fperm"
-	phasesProgSyslatchFtrunc = "syslatch_ftrunc"
-	phasesProgSyslatchListen = "syslatch_listen"
-	phasesProgSyslatchMmap   = "syslatch_mmap"
-	phasesProgSyslatchMprot  = "syslatch_mprot"
-	phasesProgSyslatchOpen   = "syslatch_open"
-	phasesProgSyslatchPmkdir = "syslatch_pmkdir"
-	phasesProgSyslatchPrmdir = "syslatch_prmdir"
-	phasesProgSyslatchPtrunc = "syslatch_ptrunc"
-	phasesProgSyslatchRecv   = "syslatch_recv"
-	phasesProgSyslatchSend   = "syslatch_send"
-	phasesProgSyslatchSend4  = "syslatch_send4"
-	phasesProgSyslatchSend6  = "syslatch_send6"
-	phasesProgSyslatchSocket = "syslatch_socket"
-	phasesVarUnusedAllow     = "unused_allow"
-	phasesVarUnusedError     = "unused_error"
-	phasesVarUnusedHook      = "unused_hook"
-	phasesVarUnusedKind      = "unused_kind"
-	phasesVarUnusedLayout    = "unused_layout"
-	phasesVarUnusedLimit     = "unused_limit"
-	phasesVarUnusedState     = "unused_state"
+	phasesMapPhaseBuffers     = "phase_buffers"
+	phasesMapPhaseCgroups     = "phase_cgroups"
+	phasesMapPhaseDenials     = "phase_denials"
+	phasesMapPhaseDests       = "phase_dests"
+	phasesMapPhaseEntries     = "phase_entries"
+	phasesMapPhaseErrors      = "phase_errors"
+	phasesMapPhaseSlots       = "phase_slots"
+	phasesMapPhaseTrees       = "phase_trees"
+	phasesProgSyslatchAccept  = "syslatch_accept"
+	phasesProgSyslatchBind    = "syslatch_bind"
+	phasesProgSyslatchBprm    = "syslatch_bprm"
+	phasesProgSyslatchConn    = "syslatch_conn"
+	phasesProgSyslatchConn4   = "syslatch_conn4"
+	phasesProgSyslatchConn6   = "syslatch_conn6"
+	phasesProgSyslatchCreate  = "syslatch_create"
+	phasesProgSyslatchFperm   = "syslatch_fperm"
+	phasesProgSyslatchFtrunc  = "syslatch_ftrunc"
+	phasesProgSyslatchListen  = "syslatch_listen"
+	phasesProgSyslatchMmap    = "syslatch_mmap"
+	phasesProgSyslatchMprot   = "syslatch_mprot"
+	phasesProgSyslatchOpen    = "syslatch_open"
+	phasesProgSyslatchPattach = "syslatch_pattach"
+	phasesProgSyslatchPexec   = "syslatch_pexec"
+	phasesProgSyslatchPfork   = "syslatch_pfork"
+	phasesProgSyslatchPmkdir  = "syslatch_pmkdir"
+	phasesProgSyslatchPrmdir  = "syslatch_prmdir"
+	phasesProgSyslatchPtrunc  = "syslatch_ptrunc"
+	phasesProgSyslatchRecv    = "syslatch_recv"
+	phasesProgSyslatchSend    = "syslatch_send"
+	phasesProgSyslatchSend4   = "syslatch_send4"
+	phasesProgSyslatchSend6   = "syslatch_send6"
+	phasesProgSyslatchSocket  = "syslatch_socket"
+	phasesVarUnusedAllow      = "unused_allow"
+	phasesVarUnusedError      = "unused_error"
+	phasesVarUnusedHook       = "unused_hook"
+	phasesVarUnusedKind       = "unused_kind"
+	phasesVarUnusedLayout     = "unused_layout"
+	phasesVarUnusedLimit      = "unused_limit"
+	phasesVarUnusedState      = "unused_state"
 )
 
 // loadPhases returns the embedded CollectionSpec for phases.
@@ -252,27 +266,30 @@ type phasesSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type phasesProgramSpecs struct {
-	SyslatchAccept *ebpf.ProgramSpec `ebpf:"syslatch_accept"`
-	SyslatchBind   *ebpf.ProgramSpec `ebpf:"syslatch_bind"`
-	SyslatchBprm   *ebpf.ProgramSpec `ebpf:"syslatch_bprm"`
-	SyslatchConn   *ebpf.ProgramSpec `ebpf:"syslatch_conn"`
-	SyslatchConn4  *ebpf.ProgramSpec `ebpf:"syslatch_conn4"`
-	SyslatchConn6  *ebpf.ProgramSpec `ebpf:"syslatch_conn6"`
-	SyslatchCreate *ebpf.ProgramSpec `ebpf:"syslatch_create"`
-	SyslatchFperm  *ebpf.ProgramSpec `ebpf:"syslatch_fperm"`
-	SyslatchFtrunc *ebpf.ProgramSpec `ebpf:"syslatch_ftrunc"`
-	SyslatchListen *ebpf.ProgramSpec `ebpf:"syslatch_listen"`
-	SyslatchMmap   *ebpf.ProgramSpec `ebpf:"syslatch_mmap"`
-	SyslatchMprot  *ebpf.ProgramSpec `ebpf:"syslatch_mprot"`
-	SyslatchOpen   *ebpf.ProgramSpec `ebpf:"syslatch_open"`
-	SyslatchPmkdir *ebpf.ProgramSpec `ebpf:"syslatch_pmkdir"`
-	SyslatchPrmdir *ebpf.ProgramSpec `ebpf:"syslatch_prmdir"`
-	SyslatchPtrunc *ebpf.ProgramSpec `ebpf:"syslatch_ptrunc"`
-	SyslatchRecv   *ebpf.ProgramSpec `ebpf:"syslatch_recv"`
-	SyslatchSend   *ebpf.ProgramSpec `ebpf:"syslatch_send"`
-	SyslatchSend4  *ebpf.ProgramSpec `ebpf:"syslatch_send4"`
-	SyslatchSend6  *ebpf.ProgramSpec `ebpf:"syslatch_send6"`
-	SyslatchSocket *ebpf.ProgramSpec `ebpf:"syslatch_socket"`
+	SyslatchAccept  *ebpf.ProgramSpec `ebpf:"syslatch_accept"`
+	SyslatchBind    *ebpf.ProgramSpec `ebpf:"syslatch_bind"`
+	SyslatchBprm    *ebpf.ProgramSpec `ebpf:"syslatch_bprm"`
+	SyslatchConn    *ebpf.ProgramSpec `ebpf:"syslatch_conn"`
+	SyslatchConn4   *ebpf.ProgramSpec `ebpf:"syslatch_conn4"`
+	SyslatchConn6   *ebpf.ProgramSpec `ebpf:"syslatch_conn6"`
+	SyslatchCreate  *ebpf.ProgramSpec `ebpf:"syslatch_create"`
+	SyslatchFperm   *ebpf.ProgramSpec `ebpf:"syslatch_fperm"`
+	SyslatchFtrunc  *ebpf.ProgramSpec `ebpf:"syslatch_ftrunc"`
+	SyslatchListen  *ebpf.ProgramSpec `ebpf:"syslatch_listen"`
+	SyslatchMmap    *ebpf.ProgramSpec `ebpf:"syslatch_mmap"`
+	SyslatchMprot   *ebpf.ProgramSpec `ebpf:"syslatch_mprot"`
+	SyslatchOpen    *ebpf.ProgramSpec `ebpf:"syslatch_open"`
+	SyslatchPattach *ebpf.ProgramSpec `ebpf:"syslatch_pattach"`
+	SyslatchPexec   *ebpf.ProgramSpec `ebpf:"syslatch_pexec"`
+	SyslatchPfork   *ebpf.ProgramSpec `ebpf:"syslatch_pfork"`
+	SyslatchPmkdir  *ebpf.ProgramSpec `ebpf:"syslatch_pmkdir"`
+	SyslatchPrmdir  *ebpf.ProgramSpec `ebpf:"syslatch_prmdir"`
+	SyslatchPtrunc  *ebpf.ProgramSpec `ebpf:"syslatch_ptrunc"`
+	SyslatchRecv    *ebpf.ProgramSpec `ebpf:"syslatch_recv"`
+	SyslatchSend    *ebpf.ProgramSpec `ebpf:"syslatch_send"`
+	SyslatchSend4   *ebpf.ProgramSpec `ebpf:"syslatch_send4"`
+	SyslatchSend6   *ebpf.ProgramSpec `ebpf:"syslatch_send6"`
+	SyslatchSocket  *ebpf.ProgramSpec `ebpf:"syslatch_socket"`
 }
 
 // phasesMapSpecs contains maps before they are loaded into the kernel.
@@ -283,6 +300,7 @@ type phasesMapSpecs struct {
 	PhaseCgroups *ebpf.MapSpec `ebpf:"phase_cgroups"`
 	PhaseDenials *ebpf.MapSpec `ebpf:"phase_denials"`
 	PhaseDests   *ebpf.MapSpec `ebpf:"phase_dests"`
+	PhaseEntries *ebpf.MapSpec `ebpf:"phase_entries"`
 	PhaseErrors  *ebpf.MapSpec `ebpf:"phase_errors"`
 	PhaseSlots   *ebpf.MapSpec `ebpf:"phase_slots"`
 	PhaseTrees   *ebpf.MapSpec `ebpf:"phase_trees"`
@@ -325,6 +343,7 @@ type phasesMaps struct {
 	PhaseCgroups *ebpf.Map `ebpf:"phase_cgroups"`
 	PhaseDenials *ebpf.Map `ebpf:"phase_denials"`
 	PhaseDests   *ebpf.Map `ebpf:"phase_dests"`
+	PhaseEntries *ebpf.Map `ebpf:"phase_entries"`
 	PhaseErrors  *ebpf.Map `ebpf:"phase_errors"`
 	PhaseSlots   *ebpf.Map `ebpf:"phase_slots"`
 	PhaseTrees   *ebpf.Map `ebpf:"phase_trees"`
@@ -336,6 +355,7 @@ func (m *phasesMaps) Close() error {
 		m.PhaseCgroups,
 		m.PhaseDenials,
 		m.PhaseDests,
+		m.PhaseEntries,
 		m.PhaseErrors,
 		m.PhaseSlots,
 		m.PhaseTrees,
@@ -359,27 +379,30 @@ type phasesVariables struct {
 //
 // It can be passed to loadPhasesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type phasesPrograms struct {
-	SyslatchAccept *ebpf.Program `ebpf:"syslatch_accept"`
-	SyslatchBind   *ebpf.Program `ebpf:"syslatch_bind"`
-	SyslatchBprm   *ebpf.Program `ebpf:"syslatch_bprm"`
-	SyslatchConn   *ebpf.Program `ebpf:"syslatch_conn"`
-	SyslatchConn4  *ebpf.Program `ebpf:"syslatch_conn4"`
-	SyslatchConn6  *ebpf.Program `ebpf:"syslatch_conn6"`
-	SyslatchCreate *ebpf.Program `ebpf:"syslatch_create"`
-	SyslatchFperm  *ebpf.Program `ebpf:"syslatch_fperm"`
-	SyslatchFtrunc *ebpf.Program `ebpf:"syslatch_ftrunc"`
-	SyslatchListen *ebpf.Program `ebpf:"syslatch_listen"`
-	SyslatchMmap   *ebpf.Program `ebpf:"syslatch_mmap"`
-	SyslatchMprot  *ebpf.Program `ebpf:"syslatch_mprot"`
-	SyslatchOpen   *ebpf.Program `ebpf:"syslatch_open"`
-	SyslatchPmkdir *ebpf.Program `ebpf:"syslatch_pmkdir"`
-	SyslatchPrmdir *ebpf.Program `ebpf:"syslatch_prmdir"`
-	SyslatchPtrunc *ebpf.Program `ebpf:"syslatch_ptrunc"`
-	SyslatchRecv   *ebpf.Program `ebpf:"syslatch_recv"`
-	SyslatchSend   *ebpf.Program `ebpf:"syslatch_send"`
-	SyslatchSend4  *ebpf.Program `ebpf:"syslatch_send4"`
-	SyslatchSend6  *ebpf.Program `ebpf:"syslatch_send6"`
-	SyslatchSocket *ebpf.Program `ebpf:"syslatch_socket"`
+	SyslatchAccept  *ebpf.Program `ebpf:"syslatch_accept"`
+	SyslatchBind    *ebpf.Program `ebpf:"syslatch_bind"`
+	SyslatchBprm    *ebpf.Program `ebpf:"syslatch_bprm"`
+	SyslatchConn    *ebpf.Program `ebpf:"syslatch_conn"`
+	SyslatchConn4   *ebpf.Program `ebpf:"syslatch_conn4"`
+	SyslatchConn6   *ebpf.Program `ebpf:"syslatch_conn6"`
+	SyslatchCreate  *ebpf.Program `ebpf:"syslatch_create"`
+	SyslatchFperm   *ebpf.Program `ebpf:"syslatch_fperm"`
+	SyslatchFtrunc  *ebpf.Program `ebpf:"syslatch_ftrunc"`
+	SyslatchListen  *ebpf.Program `ebpf:"syslatch_listen"`
+	SyslatchMmap    *ebpf.Program `ebpf:"syslatch_mmap"`
+	SyslatchMprot   *ebpf.Program `ebpf:"syslatch_mprot"`
+	SyslatchOpen    *ebpf.Program `ebpf:"syslatch_open"`
+	SyslatchPattach *ebpf.Program `ebpf:"syslatch_pattach"`
+	SyslatchPexec   *ebpf.Program `ebpf:"syslatch_pexec"`
+	SyslatchPfork   *ebpf.Program `ebpf:"syslatch_pfork"`
+	SyslatchPmkdir  *ebpf.Program `ebpf:"syslatch_pmkdir"`
+	SyslatchPrmdir  *ebpf.Program `ebpf:"syslatch_prmdir"`
+	SyslatchPtrunc  *ebpf.Program `ebpf:"syslatch_ptrunc"`
+	SyslatchRecv    *ebpf.Program `ebpf:"syslatch_recv"`
+	SyslatchSend    *ebpf.Program `ebpf:"syslatch_send"`
+	SyslatchSend4   *ebpf.Program `ebpf:"syslatch_send4"`
+	SyslatchSend6   *ebpf.Program `ebpf:"syslatch_send6"`
+	SyslatchSocket  *ebpf.Program `ebpf:"syslatch_socket"`
 }
 
 func (p *phasesPrograms) Close() error {
@@ -397,6 +420,9 @@ func (p *phasesPrograms) Close() error {
 		p.SyslatchMmap,
 		p.SyslatchMprot,
 		p.SyslatchOpen,
+		p.SyslatchPattach,
+		p.SyslatchPexec,
+		p.SyslatchPfork,
 		p.SyslatchPmkdir,
 		p.SyslatchPrmdir,
 		p.SyslatchPtrunc,

@@ -100,7 +100,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 	}
 	for name, source := range map[string]string{
 		"syslatchd": filepath.Join(bin, "syslatchd"), "syslatch-hook": filepath.Join(bin, "syslatch-hook"), "syslatch": filepath.Join(bin, "syslatch"), "contrib.test": self,
-		"syslatchd.service": "systemd/syslatchd.service", "phases.conf": "systemd/phases.conf",
+		"syslatchd.service": "systemd/syslatchd.service", "phases.conf": "systemd/phases.conf", "ratchet.conf": "systemd/ratchet.conf",
 	} {
 		if out, err := exec.Command("cp", source, filepath.Join(files, name)).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -160,6 +160,7 @@ policies:
     gaps: report
     read_only: {allow: ["@file-read", "@basic-io", "@info", "@process"]}
     write: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"], limits: {pids: {max: 44}}}
+    locked: {allow: ["@basic-io", "@process"], irreversible: true}
 - name: all
   match: {namespaces: [demo]}
   mode: record
@@ -258,53 +259,99 @@ func testInside(t *testing.T) {
 }
 
 // phases: with the drop-in, a container's phase is switched, and outlives a killed
-// syslatchd.
+// syslatchd. With another, an irreversible one is a filter of its own.
 func phases(t *testing.T, h *harness.Host) {
 	t.Helper()
 	ctx := t.Context()
-	if out, err := exec.Command("cp", "phases.conf", "/run/systemd/system/syslatchd.service.d/").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
+	started := 2
+	dropIn := func(name string) {
+		t.Helper()
+		if out, err := exec.Command("cp", name, "/run/systemd/system/syslatchd.service.d/").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		systemctl(t, "daemon-reload")
+		systemctl(t, "restart", "syslatchd")
+		started++
+		awaitLog(t, "msg=synchronized", started)
 	}
-	systemctl(t, "daemon-reload")
-	systemctl(t, "restart", "syslatchd")
-	awaitLog(t, "msg=synchronized", 3)
-	pod, err := h.NewPod(ctx, harness.PodOptions{Namespace: "agents", Runtime: harness.Runc15})
-	if err != nil {
-		t.Fatal(err)
+	create := func() *harness.Container {
+		t.Helper()
+		pod, err := h.NewPod(ctx, harness.PodOptions{Namespace: "agents", Runtime: harness.Runc15})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{
+			"/bin/sh", "-c",
+			"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done",
+		}})
+		if err == nil {
+			err = c.Start(ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
 	}
-	c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{
-		"/bin/sh", "-c",
-		"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done",
-	}})
-	if err == nil {
-		err = c.Start(ctx)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	says := func(want string) {
+	says := func(c *harness.Container, want string) {
 		t.Helper()
 		from := len(c.Log())
 		if err := c.WaitLog(ctx, func(log string) bool { return len(log) > from+3*len(want) && strings.HasSuffix(log, want+"\n") }); err != nil {
 			t.Fatalf("never said %q: %v\n%s", want, err, c.Log())
 		}
 	}
-	set := func(phase string) {
+	set := func(c *harness.Container, phase string) {
 		t.Helper()
 		if out, err := exec.Command("./syslatch", "phase", "set", c.ID, phase, "--timeout", "30s").CombinedOutput(); err != nil {
 			t.Fatalf("phase set %s: %v: %s", phase, err, out)
 		}
 	}
-	says("denied")
-	set("write")
-	says("made")
+	// gap is that an irreversible phase is the supervisor's alone.
+	gap := func(c *harness.Container) bool {
+		t.Helper()
+		out, err := exec.Command("./syslatch", "phase", "get", c.ID, "-o", "json").CombinedOutput()
+		if err != nil || !strings.Contains(string(out), `"locked"`) {
+			t.Fatalf("phase get: %v: %s", err, out)
+		}
+		return strings.Contains(string(out), "it is left if the supervisor says so")
+	}
+	dropIn("phases.conf")
+	c := create()
+	says(c, "denied")
+	set(c, "write")
+	says(c, "made")
 	systemctl(t, "kill", "--kill-who=main", "--signal=KILL", "syslatchd")
-	awaitLog(t, "msg=synchronized", 4)
-	says("made")
-	set("read_only")
-	says("denied")
+	started++
+	awaitLog(t, "msg=synchronized", started)
+	says(c, "made")
+	set(c, "read_only")
+	says(c, "denied")
+	set(c, "locked")
+	says(c, "denied")
+	if !gap(c) {
+		t.Error("without ratchet.conf: no gap is told")
+	}
 	if err := c.Stop(ctx, 0); err != nil {
 		t.Error(err)
+	}
+	dropIn("ratchet.conf")
+	c = create()
+	says(c, "denied")
+	set(c, "locked")
+	says(c, "denied")
+	if gap(c) {
+		t.Error("with ratchet.conf: still a gap")
+	}
+	awaitLog(t, "the phase's own filter was put on processes", 1)
+	if err := c.Stop(ctx, 0); err != nil {
+		t.Error(err)
+	}
+	if log, err := os.ReadFile(daemonLog); err != nil || strings.Contains(string(log), "no BPF programs for phases") {
+		t.Errorf("the unit keeps BPF programs away: %v\n%s", err, log)
+	}
+	for _, program := range []string{"conn4", "open"} { // of a cgroup's, and of BPF LSM's
+		if found, err := filepath.Glob("/sys/fs/bpf/syslatch-phases/layout-*/syslatch_" + program); err != nil || len(found) != 1 {
+			t.Errorf("the unit loads no program %s: %v, %v", program, found, err)
+		}
 	}
 }
 

@@ -395,8 +395,9 @@ func (c *phaseCompiler) call(b *builder, name string, always, ever region) {
 	// Where the union is what all allow, or a hook tells the rest apart, the filter
 	// allows it.
 	alike, err := ever.within(always)
-	// See findHooks.
-	if slices.Contains(beginsPhases, name) && len(c.notified) > 0 {
+	// See findHooks. Programs may have to be there before the execve: the supervisor sees
+	// to that. What enters an irreversible phase by an execve needs its ratchet.
+	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Hooks)+len(c.Ratchets) > 0 && c.host.Notify) {
 		c.notified[name] = true
 		b.add(name, specs.ActNotify, [][]specs.LinuxSeccompArg{nil})
 		return
@@ -550,9 +551,6 @@ func (c *phaseCompiler) tell(name string, always region) {
 
 // gaps lists what was asked for and isn't had.
 func (c *phaseCompiler) gaps(o PhaseOptions) {
-	c.ringGaps()
-	c.fileGaps()
-	c.networkGaps()
 	if !c.host.Notify && len(c.unenforced) > 0 {
 		var starts []string
 		byPhases := map[string][]string{}
@@ -581,7 +579,7 @@ func (c *phaseCompiler) gaps(o PhaseOptions) {
 	}
 	for _, p := range c.set.Phases {
 		if p.Irreversible && !c.host.Inject {
-			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "it is left if the supervisor says so", "no filter can be put on running tasks", "give syslatchd CAP_SYS_PTRACE"})
+			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "it is left if the supervisor says so", "no filter can be put on running tasks", "give syslatchd CAP_SYS_PTRACE and CAP_SYS_ADMIN, and no filter of its own"})
 		}
 	}
 	if c.Listener && !c.host.WaitKillable {
@@ -768,6 +766,9 @@ func (c *phaseCompiler) networkGaps() {
 	case len(bound) == 0:
 	case c.host.CgroupConnect:
 		c.Hooks = append(c.Hooks, PhaseHook{Program: cgroupAddresses, Allows: allows})
+		if !c.host.LSM {
+			c.Gaps = append(c.Gaps, PhaseGap{bound, "other addresses can be reached by raw sockets, and by sockets from outside of the cgroup", "programs of cgroups don't see them, and there is no BPF LSM", bootLSM})
+		}
 	case c.host.LSM:
 		c.Hooks = append(c.Hooks, PhaseHook{Program: lsmAddresses, Allows: allows})
 	default:

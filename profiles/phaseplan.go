@@ -170,6 +170,9 @@ func CompilePhases(s *PhaseSet, host PhaseHost, o PhaseOptions) (*PhasePlan, err
 	}
 	c.findHooks()
 	c.ratchets()
+	c.ringGaps()
+	c.fileGaps()
+	c.networkGaps()
 	c.profile()
 	c.gaps(o)
 	return p, nil

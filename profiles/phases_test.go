@@ -321,7 +321,8 @@ func TestGaps(t *testing.T) {
 		want []string // PHASES: part of what
 	}{
 		{"all", &agentSet, everyHost, 0, nil},
-		{"no LSM", &agentSet, askHost, 3, []string{
+		{"no LSM", &agentSet, askHost, 4, []string{
+			"network: other addresses can be reached by raw sockets",
 			"write_logs: files elsewhere can be opened, too (read anywhere; write /var/log)",
 			"read_only network locked: files that were opened for writing in write_logs stay writable",
 			"read_only write_logs locked: sockets that were connected in network go on",

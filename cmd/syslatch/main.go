@@ -47,6 +47,7 @@ for recording without a container engine and for reading the profile store.`,
 		newDoctorCommand(),
 		newVersionCommand(),
 		newLaunchCommand(),
+		newInjectCommand(),
 	))
 	root.SetHelpCommand(cli.Help())
 	return root

@@ -24,6 +24,10 @@ import (
 const beMain = "SYSLATCH_TEST_BE_MAIN"
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 2 && (os.Args[1] == callerParent || os.Args[1] == callerChild) {
+		caller(os.Args[1] == callerParent)
+		os.Exit(0)
+	}
 	if os.Getenv(beMain) != "" {
 		main()
 	}

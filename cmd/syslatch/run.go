@@ -142,3 +142,18 @@ func (f *runFlags) run(c *cobra.Command, args []string) error {
 	status, err := agent.RunPhases(opts)
 	return commandExit(status, err)
 }
+
+// newInjectCommand is for run, which starts it.
+func newInjectCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    agent.InjectCommand,
+		Hidden: true,
+		Args:   cli.Args(cobra.NoArgs),
+		RunE: func(c *cobra.Command, _ []string) error {
+			log := logrus.New()
+			log.SetOutput(c.ErrOrStderr())
+			log.SetLevel(logrus.WarnLevel)
+			return agent.Injecting(c.InOrStdin(), c.OutOrStdout(), logrus.NewEntry(log))
+		},
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -51,17 +52,25 @@ type phased struct {
 
 func startPhased(t *testing.T, policy string, flags ...string) *phased {
 	t.Helper()
-	return startShell(t, append([]string{"run", "--policy", policyFile(t, policy)}, flags...)...)
+	return startInPhases(t, obeying, append([]string{"run", "--policy", policyFile(t, policy)}, flags...)...)
 }
+
+// obeying is a shell that runs what it is told.
+var obeying = []string{"/bin/sh", "-c", `echo $$; while read line; do eval "$line"; echo "= $?"; done`}
 
 // startShell has it started by a command of syslatch that switches phases.
 func startShell(t *testing.T, command ...string) *phased {
 	t.Helper()
+	return startInPhases(t, obeying, command...)
+}
+
+// startInPhases has a program, which prints its pid first, started by such a command.
+func startInPhases(t *testing.T, program []string, command ...string) *phased {
+	t.Helper()
 	needRoot(t)
 	p := &phased{t: t, dir: t.TempDir()}
 	p.socket, p.events = filepath.Join(p.dir, "run", "api.sock"), filepath.Join(p.dir, "events")
-	const script = `echo $$; while read line; do eval "$line"; echo "= $?"; done`
-	p.cmd = exec.Command("/proc/self/exe", append(command, "--api-socket", p.socket, "--events", p.events, "--id", "i", "--", "/bin/sh", "-c", script)...)
+	p.cmd = exec.Command("/proc/self/exe", slices.Concat(command, []string{"--api-socket", p.socket, "--events", p.events, "--id", "i", "--"}, program)...)
 	p.cmd.Env = append(os.Environ(), beMain+"=1")
 	p.cmd.Stderr = os.Stderr
 	var err error

@@ -198,6 +198,8 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 		}
 		a.compiler = a.phases
 		closers = append(closers, a.phases)
+	} else {
+		removeIdle(a)
 	}
 	if err := a.begin(); err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -242,6 +244,7 @@ func (a *Agent) begin() error {
 	a.spawn("look after instances", a.sweep)
 	if a.phases != nil {
 		a.spawn("accept listeners", a.phases.accept)
+		a.spawn("count what BPF programs deny", a.phases.programs.watch)
 		a.spawn("compile phases", a.phases.prepare)
 	}
 	a.collectHooks()

@@ -11,6 +11,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/profiles"
 )
 
@@ -19,6 +20,8 @@ type compiled struct {
 	set    *profiles.PhaseSet
 	plan   *profiles.PhasePlan
 	tables func() map[string]*profiles.PhaseTable
+	// ratchets are the filters of irreversible phases, which libseccomp may refuse.
+	ratchets func() (map[string]seccomp.Filter, error)
 }
 
 // phasesInput is all that phases are compiled from.
@@ -39,7 +42,11 @@ func (in *phasesInput) compile() (*compiled, error) {
 	if err != nil {
 		return nil, fmt.Errorf("phases of policy %s: %w", in.Policy, err)
 	}
-	return &compiled{in.Set, plan, sync.OnceValue(func() map[string]*profiles.PhaseTable { return phase.Tables(plan) })}, nil
+	return &compiled{
+		in.Set, plan,
+		sync.OnceValue(func() map[string]*profiles.PhaseTable { return phase.Tables(plan) }),
+		sync.OnceValues(func() (map[string]seccomp.Filter, error) { return compileRatchets(plan) }),
+	}, nil
 }
 
 // plans keeps what phases compile to: a node runs many containers of few policies, and has

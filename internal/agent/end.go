@@ -150,7 +150,9 @@ func (a *Agent) finish(in *instance) error {
 		}
 	}
 	if in.Phases != nil && a.phases != nil {
-		a.phases.end(in.Container.ID)
+		ctx, cancel := context.WithTimeout(a.stopped, emptyTime)
+		a.phases.end(ctx, in)
+		cancel()
 		if err := a.phases.endInside(in); err != nil {
 			return err
 		}

@@ -212,10 +212,12 @@ func (p *phasing) release(names map[string]*os.File) {
 	}
 }
 
-// end forgets a container.
-func (p *phasing) end(id string) {
-	p.supervisor.End(id)
-	p.forget(id)
+// end forgets a container; ctx bounds the wait for its last process.
+func (p *phasing) end(ctx context.Context, in *instance) {
+	p.programs.count(in)
+	p.supervisor.End(in.Container.ID)
+	p.forget(in.Container.ID)
+	p.programs.remove(ctx, in)
 }
 
 // forget lets go of a container's listeners.

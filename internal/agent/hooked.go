@@ -245,7 +245,9 @@ func (a *Agent) journalOf(in *instance) *journal {
 
 // letGo ends the supervision of an instance. p.adopting is held.
 func (p *phasing) letGo(in *instance) {
-	p.end(in.Container.ID)
+	now, cancel := context.WithCancel(p.a.stopped)
+	cancel()
+	p.end(now, in)
 	if err := p.endInside(in); err != nil {
 		p.a.instanceLog(in).WithError(err).Error("socket of a container that has ended is not removed")
 	}
@@ -287,6 +289,9 @@ func (p *phasing) checkHooked() {
 }
 
 func (p *phasing) allHooked() (all []*instance) {
+	if p == nil {
+		return nil
+	}
 	p.a.change(func() { all = slices.Collect(maps.Values(p.hooked)) })
 	return all
 }

@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,27 +22,95 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// enforcer has the BPF programs of phases for one run. They are pinned: if this process
-// is killed, the command stays in its phase.
-type enforcer struct {
-	*bpf.Enforcer
-	dir     string
-	numbers map[string]uint8
-	handle  bpf.PhaseHandle
+// guard is what BPF programs deny to one instance by phase. They are pinned: if this
+// process is killed, the instance stays in its phase.
+type guard struct {
+	plan *profiles.PhasePlan // nil: none has anything to say
+
+	mu       sync.Mutex
+	enforcer *bpf.Enforcer   // guarded by mu; nil while the instance is not in it
+	handle   bpf.PhaseHandle // guarded by mu
+	phase    string          // guarded by mu: what the supervisor has said last
+
+	telling sync.Mutex
+	counted map[string]uint64 // guarded by telling: denials that were told, by phase and program
 }
 
-// runPins begins the name of each run's directory of pins; its cgroup's id follows.
-const runPins = "/sys/fs/bpf/syslatch-run-"
-
-// openEnforcer adds to a host what its kernel's programs can do for a run's cgroup.
-// Where there are none the error says why, and the host is without.
-func openEnforcer(host *profiles.PhaseHost, group *cgroup.Group) (*enforcer, error) {
-	removeStalePins()
-	dir := runPins + strconv.FormatUint(group.ID(), 10)
-	e, err := bpf.OpenEnforcer(dir, bpf.EnforcerOptions{Instances: 1, Cgroups: 1024})
-	if err != nil {
-		return nil, errors.Join(err, removePins(dir))
+// hooks is phase.Instance's.
+func (g *guard) hooks() func(string) error {
+	if g.plan == nil {
+		return nil
 	}
+	return g.set
+}
+
+// holds says whether the instance is under programs.
+func (g *guard) holds() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.enforcer != nil
+}
+
+// set is phase.Instance's Hooks. Before the instance is there the phase is kept.
+func (g *guard) set(phase string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.enforcer != nil {
+		if err := g.enforcer.Set(g.handle, g.number(phase)); err != nil {
+			return err
+		}
+	}
+	g.phase = phase
+	return nil
+}
+
+// number is a phase's, as the programs know it.
+func (g *guard) number(phase string) uint8 { return uint8(slices.Index(g.plan.Phases, phase)) }
+
+// add puts a cgroup under the plan's hooks, in the phase that was said last.
+func (g *guard) add(e *bpf.Enforcer, id uint64, path string, opts bpf.EnforceOptions) error {
+	set := bpf.PhaseSet{}
+	for _, name := range g.plan.Phases {
+		rules, err := phaseRules(g.plan.HookRules(name))
+		if err != nil {
+			return fmt.Errorf("phase %s: %w", name, err)
+		}
+		set[g.number(name)] = rules
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	opts.Dir, opts.Phase = dir, g.number(g.phase)
+	h, err := e.Add(id, set, opts)
+	if err == nil {
+		g.enforcer, g.handle = e, h
+	}
+	return err
+}
+
+// remove ends it; what is there no more has ended.
+func (g *guard) remove() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.enforcer == nil {
+		return nil
+	}
+	err := g.enforcer.Remove(g.handle)
+	if errors.Is(err, bpf.ErrUnknown) {
+		err = nil
+	}
+	if err == nil {
+		g.enforcer = nil
+	}
+	return err
+}
+
+// can adds to a host what the programs of its kernel can do.
+func can(host *profiles.PhaseHost, e *bpf.Enforcer) {
 	missing := func(prefix string) bool {
 		for section := range e.Missing() {
 			// Before Linux 6.2 there is lsm/path_truncate in its place.
@@ -54,7 +121,56 @@ func openEnforcer(host *profiles.PhaseHost, group *cgroup.Group) (*enforcer, err
 		return false
 	}
 	host.LSM, host.CgroupConnect = !missing("lsm/"), !missing("cgroup/")
-	return &enforcer{Enforcer: e, dir: dir}, nil
+}
+
+// startingOf are the options for a process that waits to become an instance's program.
+func startingOf(pid int) (o bpf.EnforceOptions, err error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return o, fmt.Errorf("pidfd of process %d: %w", pid, err)
+	}
+	o.Starting = os.NewFile(uintptr(fd), "pidfd")
+	p, err := cgroup.OpenProcess(pid)
+	if err != nil {
+		return o, errors.Join(err, o.Starting.Close())
+	}
+	defer p.Close()
+	text, err := p.ReadFile("status")
+	if err != nil {
+		return o, errors.Join(err, o.Starting.Close())
+	}
+	// Whoever made it has as many filters as it had at first, or less: it may have
+	// loaded its own by now.
+	_, parent, _ := strings.Cut(text, "\nPPid:")
+	parent, _, _ = strings.Cut(parent, "\n")
+	if ppid, err := strconv.Atoi(strings.TrimSpace(parent)); err == nil && ppid > 0 {
+		if s, err := cgroup.Status(ppid); err == nil {
+			o.StartFilters = uint32(s.SeccompFilters)
+		}
+	}
+	return o, nil
+}
+
+// runPins begins the name of each run's directory of pins; its cgroup's id follows.
+const runPins = "/sys/fs/bpf/syslatch-run-"
+
+// runEnforcer has the BPF programs of phases for one run.
+type runEnforcer struct {
+	*bpf.Enforcer
+	dir string
+}
+
+// openEnforcer adds to a host what its kernel's programs can do for a run's cgroup.
+// Where there are none the error says why, and the host is without.
+func openEnforcer(host *profiles.PhaseHost, group *cgroup.Group) (*runEnforcer, error) {
+	removeStalePins()
+	dir := runPins + strconv.FormatUint(group.ID(), 10)
+	e, err := bpf.OpenEnforcer(dir, bpf.EnforcerOptions{Instances: 1, Cgroups: 1024})
+	if err != nil {
+		return nil, errors.Join(err, removePins(dir))
+	}
+	can(host, e)
+	return &runEnforcer{e, dir}, nil
 }
 
 // removePins is for a directory that may not be there, or not be on a bpffs.
@@ -91,90 +207,29 @@ func removeStalePins() {
 	}
 }
 
-// enforce puts a command's cgroup under a plan's hooks: in the phase from, but for
-// execve, which the command itself takes. [beginning] ends that. With gaps, programs that
-// the kernel lacks are done without.
-func (e *enforcer) enforce(plan *profiles.PhasePlan, from string, group *cgroup.Group, gaps bool) error {
+// enforce puts a command's cgroup under a plan's hooks, from its execve on. With gaps,
+// programs that the kernel lacks are done without.
+func (e *runEnforcer) enforce(g *guard, pid int, group *cgroup.Group, gaps bool) error {
 	var ns unix.Stat_t
 	if err := unix.Stat("/proc/self/ns/mnt", &ns); err != nil { // the command's, too
 		return fmt.Errorf("mount namespace: %w", err)
 	}
-	set := bpf.PhaseSet{}
-	numbers := map[string]uint8{}
-	for i, name := range plan.Phases {
-		rules, err := phaseRules(plan.HookRules(name))
-		if err != nil {
-			return fmt.Errorf("phase %s: %w", name, err)
-		}
-		numbers[name] = uint8(i)
-		set[uint8(i)] = rules
-		if name == from {
-			rules.Exec = true
-			set[bpf.StartPhase] = rules
-		}
-	}
-	dir, err := os.Open(group.Path())
+	opts, err := startingOf(pid)
 	if err != nil {
 		return err
 	}
-	defer dir.Close()
+	defer opts.Starting.Close()
 	// What is missing is among the gaps, and these are meant.
-	e.handle, err = e.Add(group.ID(), set, bpf.EnforceOptions{Phase: bpf.StartPhase, Dir: dir, MountNS: uint32(ns.Ino), Partial: gaps})
-	if err == nil {
-		e.numbers = numbers
-	}
-	return err
-}
-
-// beginning is the time until a command's execve, in which its programs are in the
-// phase that it begins in, with the execve. Afterwards they follow the supervisor.
-type beginning struct {
-	programs *enforcer
-
-	mu    sync.Mutex
-	phase string // guarded by mu: what the supervisor has said last
-	ended bool   // guarded by mu
-}
-
-// set is phase.Instance's Hooks.
-func (b *beginning) set(phase string) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ended {
-		if err := b.programs.Set(b.programs.handle, b.programs.numbers[phase]); err != nil {
-			return err
-		}
-	}
-	b.phase = phase
-	return nil
-}
-
-// barrierTime bounds the barrier behind a command's execve.
-const barrierTime = 10 * time.Second
-
-// over ends the beginning, for every task.
-func (b *beginning) over(barrier *cgroup.Freezer) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := b.programs.Set(b.programs.handle, b.programs.numbers[b.phase]); err != nil {
-		return err
-	}
-	b.ended = true
-	ctx, cancel := context.WithTimeout(context.Background(), barrierTime)
-	defer cancel()
-	return barrier.Barrier(ctx)
+	opts.MountNS, opts.Partial = uint32(ns.Ino), gaps
+	return g.add(e.Enforcer, group.ID(), group.Path(), opts)
 }
 
 // end lets go of everything.
-func (e *enforcer) end() error {
+func (e *runEnforcer) end() error {
 	if e == nil {
 		return nil
 	}
-	var err error
-	if e.numbers != nil {
-		err = e.Remove(e.handle)
-	}
-	return errors.Join(err, e.Close(), bpf.RemoveEnforcer(e.dir))
+	return errors.Join(e.Close(), bpf.RemoveEnforcer(e.dir))
 }
 
 // phaseRules are a plan's rules in the words of package bpf.

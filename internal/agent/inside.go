@@ -76,7 +76,7 @@ func (p *phasing) serveInside(in *instance) error {
 		return fmt.Errorf("socket of the container: %w", err)
 	}
 	p.a.change(func() { in.inside = server })
-	return nil
+	return p.programs.own(in)
 }
 
 // belongs says no to a process that isn't in an instance's cgroup, or below it.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/adjust"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/trace"
 	"github.com/syslatch/syslatch/profiles"
@@ -65,9 +66,12 @@ type instance struct {
 	barrier  barrier
 	limits   limits
 	kept     keptPhase
-	marking  sync.Mutex // held while the recorder is told the phase
-	inside   io.Closer  // changes; serves its own socket, nil if nothing does
-	gone     bool       // changes; nothing is left of it, neither here nor in the journal
+	guard    guard
+	// supervised is set with the first supervisor's word; nil without phases.
+	supervised *phase.Supervised
+	marking    sync.Mutex // held while the recorder is told the phase
+	inside     io.Closer  // changes; serves its own socket, nil if nothing does
+	gone       bool       // changes; nothing is left of it, neither here nor in the journal
 
 	// Of this process only; guarded by Agent.mu.
 	ended    bool          // its end has begun

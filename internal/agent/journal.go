@@ -132,6 +132,10 @@ type phaseNow struct {
 	Generation uint64       `json:"generation"`
 	Original   []limitValue `json:"original,omitempty"` // what phases changed
 	Began      bool         `json:"began,omitempty"`    // the program was executed
+	// Tag is by what the BPF programs know the instance, 0 if they don't; Counted what
+	// they denied and was told, by phase and program.
+	Tag     uint64            `json:"tag,omitempty"`
+	Counted map[string]uint64 `json:"counted,omitempty"`
 }
 
 // savePhase replaces an instance's phase. Its calls come one after the other.

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/inject"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -48,7 +49,10 @@ func phaseHost() (profiles.PhaseHost, *seccomp.Support, error) {
 	if err != nil {
 		return profiles.PhaseHost{}, nil, err
 	}
-	return profiles.PhaseHost{Notify: support.Notify != nil && slices.Contains(support.Actions, specs.ActNotify)}, &support, nil
+	return profiles.PhaseHost{
+		Notify: support.Notify != nil && slices.Contains(support.Actions, specs.ActNotify),
+		Inject: inject.Able() == nil,
+	}, &support, nil
 }
 
 // GapsError refuses phases that can't be enforced as they are written.
@@ -130,19 +134,28 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	injector, err := startInjector(plan, group)
+	if err != nil {
+		return 0, fmt.Errorf("policy %s: %w", opts.Policy.Name, err)
+	}
+	defer func() { err = errors.Join(err, injector.end()) }()
 	supervisor := phase.NewSupervisor(phase.Options{Log: opts.Log, Events: events.add})
 	defer supervisor.Close()
 	instance := phase.Instance{
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
 		Barrier: freezer, Uncovered: uncovered(gaps),
 	}
+	if injector != nil {
+		instance.Ratchet, instance.Enter = injector.put, injector.enter
+	}
 	if instance.ID == "" {
 		instance.ID = fmt.Sprintf("run-%d", os.Getpid())
 	}
-	begun := &beginning{programs: programs}
+	guarded := &guard{}
 	if len(plan.Hooks) > 0 {
-		instance.Hooks = begun.set
+		guarded.plan = plan
 	}
+	instance.Hooks = guarded.hooks()
 	supervised, err := supervisor.Add(instance)
 	if err != nil {
 		return 0, err
@@ -172,7 +185,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		return 0, err
 	}
 	if len(plan.Hooks) > 0 {
-		if err := programs.enforce(plan, supervised.Status().Phase, group, len(gaps) > 0); err != nil {
+		if err := programs.enforce(guarded, child.cmd.Process.Pid, group, len(gaps) > 0); err != nil {
 			child.abandon()
 			return 0, err
 		}
@@ -194,13 +207,6 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Kill()
 		_ = child.cmd.Wait()
 		return 0, failed
-	}
-	if len(plan.Hooks) > 0 {
-		if err := begun.over(freezer); err != nil {
-			_ = group.Kill()
-			_ = child.cmd.Wait()
-			return 0, fmt.Errorf("phase %s: %w", supervised.Status().Phase, err)
-		}
 	}
 	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/holder"
+	"github.com/syslatch/syslatch/internal/inject"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -33,6 +34,7 @@ type phasing struct {
 	kernel     kernelHost
 	host       profiles.PhaseHost
 	newer      []string
+	programs   programs
 	plans      plans
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
@@ -59,7 +61,7 @@ func hasPhases(p *policy.File) bool {
 // newPhasing looks at the host, and listens.
 //
 // The socket's directory is root's alone, so whoever connects is a runtime, or root.
-func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
+func newPhasing(a *Agent, kernel kernelHost, opts Options) (_ *phasing, err error) {
 	host, _, err := phaseHost()
 	if err != nil {
 		return nil, err
@@ -69,6 +71,12 @@ func newPhasing(a *Agent, kernel kernelHost, opts Options) (*phasing, error) {
 		supervisor:  phase.NewSupervisor(phase.Options{Log: a.log, Events: a.phaseEvent}),
 		startHolder: opts.Holder, inside: opts.Inside, kept: map[string]map[string]*seccomp.Listener{}, hooked: map[string]*instance{},
 	}
+	p.programs = openPrograms(a, kernel.Hierarchy, &p.host)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.programs.Close())
+		}
+	}()
 	// The lock of the state directory is ours: nobody listens there any more.
 	if err := os.Remove(p.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -95,7 +103,7 @@ func (p *phasing) Close() error {
 		err = errors.Join(err, p.holder.Close())
 		p.holder = nil
 	}
-	return errors.Join(err, p.supervisor.Close())
+	return errors.Join(err, p.supervisor.Close(), p.programs.Close())
 }
 
 // Phases switches the phases of this agent's instances; nil if the policy file has
@@ -234,25 +242,39 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if in.marked() {
 		return p.superviseMarks(in, is, now)
 	}
+	lost := p.programs.find(in, is.plan, &now)
 	in.limits.begin(now.Original)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
-	return p.supervisor.Add(phase.Instance{
+	filters, err := is.ratchets()
+	if err != nil {
+		return nil, fmt.Errorf("policy %s: %w", in.Decision.Policy, err)
+	}
+	ratchet := newRatchet(filters, in.barrier.scope, p.a.instanceLog(in))
+	in.supervised, err = p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
-		Barrier: &in.barrier,
+		Barrier: &in.barrier, Hooks: in.guard.hooks(),
 		Keep: func(name string, generation uint64) error {
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
 		},
+		Ready: func() error { return p.programs.ready(in) },
 		Began: func() {
 			if err := p.keepPhase(in, func(now *phaseNow) { now.Began = true }); err != nil {
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
 			}
 		},
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
+		Ratchet:   ratchet.put,
+		Enter:     ratchet.enter,
+		HasBegun:  now.Began || in.Ran,
 		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
+	if err == nil && lost != nil {
+		in.supervised.Unhooked(lost)
+	}
+	return in.supervised, err
 }
 
 // uncovered names the gaps of a phase.
@@ -287,6 +309,21 @@ func (b *barrier) set(f *cgroup.Freezer) {
 
 // Barrier is phase.Barrier's.
 func (b *barrier) Barrier(ctx context.Context) error {
+	return b.While(ctx, func() error { return nil })
+}
+
+// scope is what a ratchet is put on.
+func (b *barrier) scope() (inject.Scope, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.freezer == nil {
+		return inject.Scope{}, errNoCgroup
+	}
+	return inject.Scope{Cgroup: b.freezer.Dir(), Freezer: b}, nil
+}
+
+// While is inject.Freezer's.
+func (b *barrier) While(ctx context.Context, do func() error) error {
 	b.mu.Lock()
 	f := b.freezer
 	b.mu.Unlock()
@@ -296,7 +333,7 @@ func (b *barrier) Barrier(ctx context.Context) error {
 	if err := os.WriteFile(b.note, nil, 0o600); err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
-	return errors.Join(f.Barrier(ctx), os.Remove(b.note))
+	return errors.Join(f.While(ctx, do), os.Remove(b.note))
 }
 
 // thaw is for a barrier that an earlier process began and didn't end.
@@ -324,7 +361,10 @@ func (p *phasing) attached(in *instance, pid int) error {
 	} else if err != nil && !errors.Is(err, cgroup.ErrNoV2) {
 		return fmt.Errorf("phases: %w", err)
 	}
-	return p.found(in, pid)
+	if err := p.found(in, pid); err != nil {
+		return err
+	}
+	return p.programs.add(in, pid)
 }
 
 // found is attached for a container that has run for a while: its init may have moved,

@@ -46,7 +46,7 @@ func bpffs(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(bpf.Remove(filepath.Join(dir, "syslatch")), unix.Unmount(dir, 0)); err != nil {
+		if err := errors.Join(bpf.Remove(filepath.Join(dir, "syslatch")), bpf.RemoveEnforcer(filepath.Join(dir, "syslatch-phases")), unix.Unmount(dir, 0)); err != nil {
 			t.Error(err)
 		}
 	})

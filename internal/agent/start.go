@@ -54,6 +54,9 @@ func (a *Agent) attachAndBegin(in *instance, pid int) error {
 // containerd 2.4.2 where it can't ask its shim in time. What is injected is in the
 // spec, and a cgroup that was awaited is being recorded: Started sees to the rest.
 func (a *Agent) startingUnseen(in *instance) error {
+	if in.guarded() {
+		return errors.New("the runtime doesn't tell the container's pid: BPF programs can't enforce its phases (create it again)")
+	}
 	if in.Record {
 		slot, err := a.slot(in)
 		if err != nil {

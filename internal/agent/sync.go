@@ -71,6 +71,9 @@ func (a *Agent) pickUp() error {
 	for _, files := range held {
 		a.phases.release(files)
 	}
+	if a.phases != nil {
+		a.phases.programs.sweep(true)
+	}
 	for _, s := range strange {
 		a.log.WithFields(logrus.Fields{"cgroup_id": s.RootCgroup, "slot": s.Handle, "bpffs": a.policy.BPFFS}).
 			Warn("the kernel records something that this journal doesn't know: it is left alone (it is another process's that shares the bpffs directory; if there is none, stop syslatchd and remove that directory)")
@@ -157,6 +160,9 @@ func (a *Agent) sweep() {
 			}
 			a.phases.checkHolder()
 			a.phases.checkHooked()
+			if a.phases != nil {
+				a.phases.programs.sweep(false)
+			}
 			a.collectHooks()
 		}
 	}

@@ -156,9 +156,19 @@ func (e *NotFrozenError) Unwrap() error { return e.Err }
 // back. If this process dies in between, the cgroup stays frozen until somebody
 // thaws it ([Freezer.Thaw]); another Barrier takes it for somebody else's.
 func (f *Freezer) Barrier(ctx context.Context) (err error) {
+	return f.While(ctx, func() error { return nil })
+}
+
+// While is Barrier with something that is done while all tasks are stopped, which is not
+// done if Barrier would fail. Of a cgroup that is gone nothing is stopped, and it is done
+// nevertheless.
+func (f *Freezer) While(ctx context.Context, do func() error) (err error) {
 	control, err := os.OpenFile(f.control, os.O_RDWR, 0)
 	if err != nil {
-		return gone(err)
+		if err = gone(err); err == nil {
+			err = do()
+		}
+		return err
 	}
 	defer control.Close()
 	ours := false
@@ -170,7 +180,10 @@ func (f *Freezer) Barrier(ctx context.Context) (err error) {
 			err = errors.Join(err, fmt.Errorf("thaw %s: %w", f.dir, thawErr))
 		}
 	}()
-	return gone(f.wait(ctx, control, &ours))
+	if err := gone(f.wait(ctx, control, &ours)); err != nil {
+		return err
+	}
+	return do()
 }
 
 // Thaw lets the tasks of the cgroup go on: after a process that died in Barrier.

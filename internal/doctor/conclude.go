@@ -121,8 +121,8 @@ func (r *Report) limits() Mechanism {
 	return Mechanism{"limits", Missing, "nothing", r.see("cgroup")}
 }
 
-// phases stand on the supervisor; what BPF programs could add is used by syslatch run
-// alone so far, and filters by ptrace by nothing.
+// phases stand on the supervisor, to which BPF programs add; filters by ptrace are used
+// by nothing so far.
 func (r *Report) phases() Mechanism {
 	var offers, without []string
 	for _, f := range []struct{ check, name string }{
@@ -137,10 +137,10 @@ func (r *Report) phases() Mechanism {
 	}
 	m := Mechanism{"phases", OK, "SCMP_ACT_NOTIFY and a supervisor", ""}
 	if len(offers) > 0 {
-		m.Uses += "; for syslatch run, " + strings.Join(offers, ", ") + " too"
+		m.Uses += "; " + strings.Join(offers, ", ")
 	}
 	if len(without) > 0 {
-		m.Status, m.Remedy = Warn, "for paths, addresses and open files in syslatch run: "+r.see(without...)
+		m.Status, m.Remedy = Warn, "for paths, addresses and open files: "+r.see(without...)
 	}
 	if r.status("seccomp.actions") != OK {
 		m.Status, m.Uses, m.Remedy = Missing, "nothing", r.see("seccomp.actions")

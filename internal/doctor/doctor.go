@@ -93,6 +93,7 @@ func Examine(ctx context.Context, h *Host, o Options) *Report {
 		{"bpf", checkBPF},
 		{"bpffs", checkBPFFS},
 		{"capability", checkCapabilities},
+		{"inject", checkInject},
 		{"memlock", checkMemlock},
 		{"seccomp", checkSeccomp},
 		{"systemd", checkSystemd},

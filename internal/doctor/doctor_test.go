@@ -90,7 +90,7 @@ func (m *machine) host(release string) *Host {
 }
 
 const (
-	allCapabilities = "Name:\tsyslatch\nCapEff:\t000001ffffffffff\n"
+	allCapabilities = "Name:\tsyslatch\nCapEff:\t000001ffffffffff\nSeccomp:\t0\n"
 	mountinfo       = "29 22 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
 	bpffsMount      = "30 22 0:27 / /sys/fs/bpf rw,nosuid,nodev,noexec,relatime shared:10 - bpf bpf rw,mode=700\n"
 	limits          = "Limit                     Soft Limit           Hard Limit           Units     \nMax locked memory         8388608              8388608              bytes     \n"

@@ -180,7 +180,7 @@ var capabilities = []struct {
 	{"CAP_PERFMON", unix.CAP_PERFMON, true, "programs that read the kernel's structures"},
 	{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, false, "filters without no_new_privs, mounts, ids of others' objects"},
 	{"CAP_SYS_RESOURCE", unix.CAP_SYS_RESOURCE, false, "lowering oom_score_adj, raising rlimits"},
-	{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, false, "reading of other users' processes, phases that can't be undone"},
+	{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, false, "reading of other users' processes, filters for processes that run"},
 }
 
 // effective is this process's set of capabilities.
@@ -224,6 +224,29 @@ func checkCapabilities(_ context.Context, h *Host, _ Options) []Check {
 		checks = append(checks, c)
 	}
 	return checks
+}
+
+// checkInject is what inject.Able is to a process that runs.
+func checkInject(_ context.Context, h *Host, _ Options) []Check {
+	c := Check{Name: "inject", Status: Warn, Uses: "filters for processes that run: irreversible phases, syslatch apply"}
+	status, err := h.ReadFile("/proc/self/status")
+	if err != nil {
+		c.Status, c.Found, c.Remedy = Error, oneLine(err.Error()), "mount -t proc proc /proc"
+		return []Check{c}
+	}
+	yama, _ := h.ReadFile("/proc/sys/kernel/yama/ptrace_scope") // there may be no yama
+	switch {
+	case !h.capable(unix.CAP_SYS_PTRACE) || !h.capable(unix.CAP_SYS_ADMIN):
+		c.Found, c.Remedy = "not without CAP_SYS_PTRACE and CAP_SYS_ADMIN", "run as root, with both in the bounding set"
+	case !strings.Contains(string(status), "\nSeccomp:\t0\n"):
+		c.Found = "this process has a seccomp filter, so the kernel doesn't let it set those of others aside"
+		c.Remedy = "run it without one (contrib/systemd/ratchet.conf)"
+	case strings.TrimSpace(string(yama)) == "3":
+		c.Found, c.Remedy = "kernel.yama.ptrace_scope is 3, which allows nobody until the next boot", "sysctl kernel.yama.ptrace_scope=1, and boot"
+	default:
+		c.Status, c.Found = OK, "possible"
+	}
+	return []Check{c}
 }
 
 func checkMemlock(_ context.Context, h *Host, _ Options) []Check {

@@ -23,9 +23,9 @@ func (r *Report) PhaseHost(runtime string) (profiles.PhaseHost, []Check) {
 	h := profiles.PhaseHost{
 		LSM:           r.status("bpf.lsm") == OK,
 		CgroupConnect: r.status("bpf.cgroup/connect4") == OK,
-		Inject:        r.status("capability.CAP_SYS_PTRACE") == OK,
+		Inject:        r.status("inject") == OK,
 	}
-	names := []string{"seccomp.actions", "seccomp.flags", "bpf.lsm", "bpf.cgroup/connect4", "capability.CAP_SYS_PTRACE"}
+	names := []string{"seccomp.actions", "seccomp.flags", "bpf.lsm", "bpf.cgroup/connect4", "inject"}
 	kernel := strings.Fields(r.found("seccomp.flags"))
 	for _, name := range runtimes {
 		name = "runtime." + name

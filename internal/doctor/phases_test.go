@@ -3,6 +3,7 @@
 package doctor
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/syslatch/syslatch/profiles"
@@ -13,7 +14,7 @@ func TestPhaseHost(t *testing.T) {
 	base := func(edit map[string]Check) *Report {
 		checks := map[string]Check{
 			"seccomp.actions": {Status: OK}, "seccomp.flags": {Status: OK, Found: "LOG TSYNC WAIT_KILLABLE_RECV"},
-			"bpf.lsm": {Status: OK}, "bpf.cgroup/connect4": {Status: OK}, "capability.CAP_SYS_PTRACE": {Status: OK},
+			"bpf.lsm": {Status: OK}, "bpf.cgroup/connect4": {Status: OK}, "inject": {Status: OK},
 			"runtime.runc": {Status: OK, Found: both}, "runtime.crun": {Status: Missing, Found: "not installed"}, "kernel": {Status: OK},
 		}
 		for name, c := range edit {
@@ -50,7 +51,7 @@ func TestPhaseHost(t *testing.T) {
 		"crun alone has flags":  {map[string]Check{"runtime.runc": {Status: OK, Found: "1.1.5 at /x; listenerPath; flags none"}, "runtime.crun": {Status: OK, Found: both}}, "", all},
 		"runc asked, crun good": {map[string]Check{"runtime.runc": {Status: OK, Found: "1.1.5 at /x; listenerPath; flags none"}, "runtime.crun": {Status: OK, Found: both}}, "runc", noWait},
 		"no BPF": {
-			map[string]Check{"bpf.lsm": {Status: Warn}, "bpf.cgroup/connect4": {Status: Error}, "capability.CAP_SYS_PTRACE": {Status: Missing}},
+			map[string]Check{"bpf.lsm": {Status: Warn}, "bpf.cgroup/connect4": {Status: Error}, "inject": {Status: Missing}},
 			"",
 			profiles.PhaseHost{Notify: true, WaitKillable: true},
 		},
@@ -67,5 +68,27 @@ func TestPhaseHost(t *testing.T) {
 	}
 	if got, _ := (&Report{}).PhaseHost(""); got != (profiles.PhaseHost{}) {
 		t.Errorf("an empty report: %+v", got)
+	}
+}
+
+func TestCheckInject(t *testing.T) {
+	const status, yama = "/proc/self/status", "/proc/sys/kernel/yama/ptrace_scope"
+	for name, tc := range map[string]struct {
+		edit  func(map[string]string)
+		found string // empty: possible
+	}{
+		"all":       {func(map[string]string) {}, ""},
+		"yama":      {func(f map[string]string) { f[yama] = "1\n" }, ""},
+		"nobody":    {func(f map[string]string) { f[yama] = "3\n" }, "ptrace_scope is 3"},
+		"no admin":  {func(f map[string]string) { f[status] = "CapEff:\t000001ffffdfffff\nSeccomp:\t0\n" }, "CAP_SYS_ADMIN"},
+		"no ptrace": {func(f map[string]string) { f[status] = "CapEff:\t000001fffff7ffff\nSeccomp:\t0\n" }, "CAP_SYS_PTRACE"},
+		"filtered":  {func(f map[string]string) { f[status] = "CapEff:\t000001ffffffffff\nSeccomp:\t2\n" }, "has a seccomp filter"},
+	} {
+		m := good()
+		tc.edit(m.files)
+		c := checkInject(t.Context(), m.host("6.12.0"), Options{})[0]
+		if (c.Status == OK) != (tc.found == "") || !strings.Contains(c.Found, tc.found) || (c.Remedy == "") != (c.Status == OK) {
+			t.Errorf("%s: %+v, want %q", name, c, tc.found)
+		}
 	}
 }

@@ -6,10 +6,11 @@
 //	report, err := inject.Filter(ctx, inject.Scope{PIDs: []int{4711}, Tree: true}, filter, inject.Options{})
 //
 // All tasks of the scope are stopped, and with each that is stopped what it may have
-// forked, until nothing is found that runs. Then one task of each process loads the
-// filter for all threads (SECCOMP_FILTER_FLAG_TSYNC), every task goes on where it was,
-// and the filter is seen to be there in /proc. A call in which a task was blocked is
-// made again and is judged by the filter, as after any stop.
+// forked, until nothing is found that runs. A cgroup is frozen for that moment, so that
+// however fast its tasks fork and end, all are found at once. Then one task of each
+// process loads the filter for all threads (SECCOMP_FILTER_FLAG_TSYNC), the filter is
+// seen to be there in /proc, and every task goes on where it was. A call in which a task
+// was blocked is made again and is judged by the filter, as after any stop.
 //
 // The system calls in order, for one process: PTRACE_SEIZE and PTRACE_INTERRUPT of
 // each thread; wait4; in one of them, with all signals blocked, mmap, seccomp (prctl
@@ -28,6 +29,10 @@
 // orphaned before (its parent is init), a process that moves to another cgroup. Those
 // that are forked while this runs are followed wherever they go.
 //
+// BUG(inject): no other thread may wait for a child of this process that is in the scope
+// (wait4(2), also with its pid): it would take the child's stops from the tracer, and
+// the tracer may take its exit status.
+//
 // BUG(inject): epoll_wait and some other calls with a timeout fail with EINTR when a
 // task is stopped, as with SIGSTOP and SIGCONT; those without a timeout are made again.
 package inject
@@ -36,7 +41,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -54,12 +61,23 @@ type Scope struct {
 	Tree bool
 	// Cgroup is a cgroup's directory: every process in it and below.
 	Cgroup string
+	// Freezer is that of Cgroup; nil is the directory's own, if it has one.
+	Freezer Freezer
+}
+
+// Freezer keeps all tasks of a cgroup from running while something is done.
+// [cgroup.Freezer] is one.
+type Freezer interface {
+	While(ctx context.Context, do func() error) error
 }
 
 // Options of Filter.
 type Options struct {
 	// Force loads what is refused otherwise, see [RefusedError].
 	Force bool
+	// Partial goes on without processes that can't be reached: the others have the filter
+	// then, and there is an [IncompleteError].
+	Partial bool
 	// DryRun stops and looks, and loads nothing.
 	DryRun bool
 	// Log lets the kernel's audit log have what is denied.
@@ -100,7 +118,7 @@ type Process struct {
 	// Present: it had this very filter already, and wasn't given it again.
 	Present bool `json:"present"`
 	// AddsNothing: the filters that it had deny all that this one does. False also
-	// where they can't be read, which takes CAP_SYS_ADMIN.
+	// where they can't be read, which takes CAP_SYS_ADMIN, and with Force.
 	AddsNothing bool `json:"addsNothing"`
 }
 
@@ -141,6 +159,8 @@ func (e *RefusedError) Error() string {
 var (
 	// ErrGone: the process has ended.
 	ErrGone = cgroup.ErrGone
+	// ErrNobody: the scope has no process, or none any more. It comes with ErrGone.
+	ErrNobody = errors.New("no process is left that could have the filter")
 	// ErrPermission: the kernel doesn't let this process trace that one.
 	ErrPermission = errors.New("may not be traced")
 	// ErrFrozen: its cgroup is frozen, so it can't run what loads the filter.
@@ -225,7 +245,7 @@ func Filter(ctx context.Context, scope Scope, filter seccomp.Filter, opts Option
 		return nil, err
 	}
 	defer s.close()
-	c := &campaign{scope: s, filter: filter, opts: opts, report: &Report{}, covered: map[identity]int{}}
+	c := &campaign{scope: s, filter: filter, opts: opts, report: &Report{}, covered: map[identity]int{}, failed: map[identity]error{}}
 	deadline := time.Now().Add(opts.Timeout)
 	for {
 		err := onThread(func() error { return newTracer(c).run(ctx) })
@@ -233,12 +253,10 @@ func Filter(ctx context.Context, scope Scope, filter seccomp.Filter, opts Option
 		if err == nil && opts.DryRun {
 			return c.report, nil
 		}
-		var again bool
-		if err == nil {
-			again, err = c.verify()
-		}
 		switch {
-		case err == nil && !again:
+		case err == nil && !c.again && len(c.failed) > 0:
+			err = errors.Join(slices.Collect(maps.Values(c.failed))...)
+		case err == nil && !c.again:
 			return c.report, nil
 		case err == nil && time.Now().After(deadline):
 			err = fmt.Errorf("new processes without the filter keep coming for %v", opts.Timeout)
@@ -263,7 +281,11 @@ type campaign struct {
 	// covered are processes that have the filter, with the filters that each of their
 	// threads has at least.
 	covered map[identity]int
-	loaded  bool  // in any process
+	chains  []chain
+	loaded  bool // in any process
+	again   bool // there is a process without the filter
+	// failed are those that Partial goes on without.
+	failed  map[identity]error
 	left    []int // tasks that the end of a tracer's thread lets go
 	tracers []int
 }

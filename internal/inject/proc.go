@@ -186,6 +186,15 @@ func openScope(s Scope) (*scope, error) {
 	if len(s.PIDs) == 0 && s.Cgroup == "" {
 		return nil, errors.New("no process and no cgroup is given")
 	}
+	if s.Cgroup != "" && s.Freezer == nil {
+		// The root of a hierarchy has none, nor have v1's other controllers.
+		switch f, err := cgroup.NewFreezer(s.Cgroup); {
+		case err == nil:
+			out.Freezer = f
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, err
+		}
+	}
 	for _, pid := range s.PIDs {
 		fail := func(err error) (*scope, error) {
 			out.close()

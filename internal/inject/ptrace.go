@@ -21,6 +21,7 @@ const (
 	// Until a task stops, what it forks is traced from its first moment on.
 	optionsThreads = unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACESYSGOOD
 	optionsTree    = optionsThreads | unix.PTRACE_O_TRACEFORK | unix.PTRACE_O_TRACEVFORK
+	optionsExec    = unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_TRACESYSGOOD
 )
 
 func ptrace(request, tid int, addr, data uintptr) (uintptr, error) {

@@ -19,6 +19,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
@@ -34,6 +35,7 @@ type tracer struct {
 	stopped   time.Time // when the first task was seized
 	warned    map[int]bool
 	changes   int // of what is traced, that make another look at the scope necessary
+	busy      int // tasks of the last look that an [Executing] of this process has
 
 	mu   sync.Mutex
 	tids []int // of tasks that were seized; mu's, for reap
@@ -97,7 +99,12 @@ func (t *tracer) run(ctx context.Context) (err error) {
 		}
 		return nil
 	}
-	return t.load(ctx)
+	if err := t.load(ctx); err != nil {
+		return err
+	}
+	// Before they run, and fork: what is there now without the filter came from outside.
+	t.again, err = t.verify()
+	return err
 }
 
 func (p *process) report() Process {
@@ -129,6 +136,11 @@ func (t *tracer) sorted() []*process {
 // nothing, so what two looks find alike is all.
 func (t *tracer) gather(ctx context.Context) error {
 	begun := time.Now()
+	if t.scope.Freezer != nil {
+		if err := t.seizeFrozen(ctx); err != nil {
+			return err
+		}
+	}
 	for {
 		before := t.changes
 		t.report.Scans++
@@ -138,13 +150,40 @@ func (t *tracer) gather(ctx context.Context) error {
 		if err := t.settle(ctx, nil); err != nil {
 			return err
 		}
-		if t.changes == before {
+		if t.changes == before && t.busy == 0 {
 			return nil
 		}
 		if time.Since(begun) > t.opts.Timeout {
 			return t.comeOn()
 		}
+		if t.busy > 0 {
+			t.pause(ctx, tick)
+		}
 	}
+}
+
+// freezeTime bounds the wait for a cgroup to freeze: one waits for a disk, say.
+const freezeTime = 5 * time.Second
+
+// seizeFrozen seizes what there is in the cgroup while none of it can fork: each stops
+// before it runs on. If it can't be frozen, gather sees to it as to a tree.
+func (t *tracer) seizeFrozen(ctx context.Context) error {
+	short, cancel := context.WithTimeout(ctx, freezeTime)
+	defer cancel()
+	err := t.scope.Freezer.While(short, func() error {
+		for {
+			before := t.changes
+			t.report.Scans++
+			if err := t.seizeNew(); err != nil || t.changes == before {
+				return err
+			}
+		}
+	})
+	var not *cgroup.NotFrozenError
+	if errors.As(err, &not) && ctx.Err() == nil {
+		return nil
+	}
+	return err
 }
 
 func (t *tracer) comeOn() error {
@@ -152,6 +191,7 @@ func (t *tracer) comeOn() error {
 }
 
 func (t *tracer) seizeNew() error {
+	t.busy = 0
 	// Before any process has the filter, nothing of the scope runs once all are stopped,
 	// so that nothing ends either. What does was forked by one that isn't known, and may
 	// have forked another. In a tree it may have been anything on the host.
@@ -203,11 +243,29 @@ func (t *tracer) seizeProcess(st stat) error {
 			}
 			continue
 		}
-		if err != nil {
-			return &TaskError{st.pid, tid, err}
+		var traced *TracedError
+		if errors.As(err, &traced) && isOurs(traced.Tracer) {
+			t.busy++
+			continue
+		}
+		if err = t.leave(st.identity, tid, err); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// leave is what an error in one task means: with Partial that its process is left out.
+func (c *campaign) leave(id identity, tid int, err error) error {
+	if err == nil {
+		return nil
+	}
+	err = &TaskError{id.pid, tid, err}
+	if c.opts.Partial {
+		c.failed[id] = err
+		return nil
+	}
+	return err
 }
 
 func (t *tracer) options() int {
@@ -655,8 +713,8 @@ func (t *tracer) check() error {
 	processes := t.sorted()
 	for _, p := range processes {
 		rs, err := t.checkProcess(p)
-		if errors.Is(err, ErrGone) {
-			continue
+		if errors.Is(err, ErrGone) || err != nil && t.opts.Partial {
+			continue // where it stays so, load tells
 		}
 		if err != nil {
 			return err
@@ -802,9 +860,7 @@ func (t *tracer) examine(p *process, k *task) (err error) {
 			return nil
 		}
 	}
-	p.present = slices.ContainsFunc(p.chain, func(f seccomp.Filter) bool { return slices.Equal(f, t.filter) })
-	_, adds, err := t.filter.Adds(p.chain)
-	p.nothing = err == nil && !adds
+	p.present, p.nothing = t.compare(p.chain)
 	for _, other := range p.tasks {
 		if other.dead || other == k {
 			continue
@@ -815,6 +871,30 @@ func (t *tracer) examine(p *process, k *task) (err error) {
 		}
 	}
 	return nil
+}
+
+// chain is what is known of filters that a process may have.
+type chain struct {
+	filters          []seccomp.Filter
+	present, nothing bool
+}
+
+// compare says of a chain of filters whether the filter is among them, and whether it
+// adds nothing to them. Tasks stand meanwhile, and most processes have the same chain.
+func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
+	same := func(a, b seccomp.Filter) bool { return slices.Equal(a, b) }
+	for _, known := range c.chains {
+		if slices.EqualFunc(known.filters, filters, same) {
+			return known.present, known.nothing
+		}
+	}
+	present = slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return same(f, c.filter) })
+	if !c.opts.Force || c.opts.DryRun {
+		_, adds, err := c.filter.Adds(filters)
+		nothing = err == nil && !adds
+	}
+	c.chains = append(c.chains, chain{filters, present, nothing})
+	return present, nothing
 }
 
 func (t *tracer) ownFilters() int {
@@ -835,10 +915,12 @@ func (t *tracer) canSuspend(k *task) bool {
 	return err == nil
 }
 
-// load gives each process the filter and lets it go. Those of which no task is stopped
-// are waited for.
+// load gives each process the filter. Until all have it they stand, if they can: one that
+// runs takes the processor from those that are to load it. Those of which no task is
+// stopped are waited for.
 func (t *tracer) load(ctx context.Context) error {
 	pending := t.sorted()
+	var loaded []*process // that stand
 	begun := time.Now()
 	ready := func(p *process) (k *task, live bool) {
 		all := true
@@ -887,17 +969,26 @@ func (t *tracer) load(ctx context.Context) error {
 				}
 				continue
 			case err != nil:
-				return &TaskError{p.pid, k.tid, err}
+				if err := t.leave(p.identity, k.tid, err); err != nil {
+					return err
+				}
+				continue
 			}
+			delete(t.failed, p.identity)
+			loaded = append(loaded, p)
+		}
+		if len(left) == 0 {
+			return nil // release lets them go
+		}
+		// What is waited for may wait for one of them.
+		for _, p := range loaded {
 			for _, k := range slices.Collect(maps.Values(p.tasks)) {
 				if !k.running && !k.dead {
 					t.detach(k)
 				}
 			}
 		}
-		if len(left) == 0 {
-			return nil
-		}
+		loaded = nil
 		if after := time.Since(begun); after > t.opts.Timeout {
 			for _, k := range left[0].tasks {
 				if k.running {
@@ -1065,11 +1156,17 @@ func (c *campaign) verify() (again bool, err error) {
 	// One that is gone before its filters were read was forked by one that has them: when
 	// these were loaded there was no other.
 	lacking, _, err := c.lacking(triesLater, nil)
+	for id := range c.failed {
+		if st, err := readStat(id.pid); err != nil || st.identity != id {
+			delete(c.failed, id) // it has ended
+		}
+	}
+	lacking = slices.DeleteFunc(lacking, func(st stat) bool { return c.failed[st.identity] != nil })
 	if err != nil || len(lacking) > 0 {
 		return err == nil, err
 	}
-	if len(c.covered) == 0 {
-		return false, fmt.Errorf("no process is left that could have the filter: %w", ErrGone)
+	if len(c.covered) == 0 && len(c.failed) == 0 {
+		return false, fmt.Errorf("%w: %w", ErrNobody, ErrGone)
 	}
 	return false, nil
 }

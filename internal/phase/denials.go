@@ -111,3 +111,9 @@ func (sv *Supervised) reportDenied(phase string, call profiles.Call, pid int, co
 	}
 	sv.emit(Event{Kind: Denied, From: phase, Call: fmt.Sprintf("%s %s", call.ABI, name), PID: pid, Count: count})
 }
+
+// Denied tells of what one of the kernel's programs denied in a phase.
+func (sv *Supervised) Denied(phase, program string, count uint64) {
+	sv.denials.total.Add(count)
+	sv.emit(Event{Kind: Denied, From: phase, Call: program, Count: count})
+}

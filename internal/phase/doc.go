@@ -18,8 +18,8 @@
 //
 //  1. May it be? The policy's transitions; from inside, only what tightens. If not, a
 //     [*TransitionError], and nothing has changed.
-//  2. Hooks: the programs that say no by phase are told. If that fails nothing has
-//     changed.
+//  2. Hooks: the programs that say no by phase are told, when Keep has kept the phase. If
+//     that fails nothing has changed.
 //  3. The table that answers by is replaced, in one atomic write. New calls are judged
 //     by the new phase from here on.
 //  4. The barrier: every task is stopped once. A call that was blocked in the kernel is

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/profiles"
@@ -55,12 +56,20 @@ type Instance struct {
 	// Keep keeps a phase and its generation for a later process, before they are in
 	// force. nil: nobody does.
 	Keep func(phase string, generation uint64) error
+	// Ready is asked before a chain's first execve goes on. Its error denies that: what
+	// enforces the phases is not there.
+	Ready func() error
 	// Began is told the first execve, once.
 	Began func()
 	// Limits sets what limits a phase has.
 	Limits func(ctx context.Context, phase string) error
 	// Ratchet puts an irreversible phase's filter on every task.
 	Ratchet func(ctx context.Context, phase string) error
+	// Enter sees to it that what a task, which comes from outside, is about to execute
+	// has that filter. It returns when the execve may go on.
+	Enter func(tid int, phase string) error
+	// HasBegun: an earlier process saw the first execve.
+	HasBegun bool
 	// Uncovered is what a phase asks for and nothing enforces here.
 	Uncovered func(phase string) []string
 }
@@ -79,6 +88,9 @@ type Supervised struct {
 	cancel  context.CancelFunc
 	serving sync.WaitGroup
 	began   sync.Once
+	// begun is set before the first execve is decided: from then on there may be programs
+	// to put a ratchet on, and before only a runtime.
+	begun   atomic.Bool
 	denials denials
 
 	mu     sync.Mutex
@@ -114,6 +126,7 @@ func newSupervised(s *Supervisor, in Instance) (*Supervised, error) {
 	if sv.tables == nil {
 		sv.tables = Tables(in.Plan)
 	}
+	sv.begun.Store(in.HasBegun || !in.Plan.Listener)
 	sv.ctx, sv.cancel = context.WithCancel(context.Background())
 	sv.denials.report, sv.denials.stop = sv.reportDenied, make(chan struct{})
 	return sv, nil
@@ -157,7 +170,7 @@ func (sv *Supervised) Status() Status {
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
-	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener} {
+	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet, atListener, atHooks} {
 		if why, ok := sv.broken[what]; ok {
 			st.Uncovered = append(st.Uncovered, what+": "+why)
 		}
@@ -184,6 +197,7 @@ const (
 	atLimits   = "limits"
 	atRatchet  = "tasks without the phase's own filter may be left, for which the phase is not irreversible"
 	atListener = "calls that the filter asks about are answered ENOSYS"
+	atHooks    = "what BPF programs deny in a phase may not be denied"
 )
 
 func (sv *Supervised) next(from string) []string {
@@ -349,7 +363,7 @@ func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
 	}
-	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil {
+	if sv.in.Ratchet != nil && sv.in.Plan.Ratchets[to] != nil && sv.begun.Load() {
 		errs = append(errs, sv.fails(atRatchet, sv.in.Ratchet(ctx, to)))
 	}
 	return errors.Join(errs...)
@@ -367,6 +381,24 @@ func (sv *Supervised) Lose(why error) {
 	sv.mu.Unlock()
 	sv.log.WithError(why).WithField("phase", phase).Error("the listener of an instance is lost: what its filter asks about is denied (ENOSYS)")
 	sv.emit(Event{Kind: Lost, From: phase, Message: atListener + ": " + why.Error()})
+}
+
+// Unhooked says that the kernel's programs don't do their part, and why; nil that they
+// do.
+func (sv *Supervised) Unhooked(why error) {
+	sv.mu.Lock()
+	_, was := sv.broken[atHooks]
+	delete(sv.broken, atHooks)
+	if why != nil {
+		sv.broken[atHooks] = why.Error()
+	}
+	phase := sv.status.Phase
+	sv.mu.Unlock()
+	if why == nil || was {
+		return
+	}
+	sv.log.WithError(why).WithField("phase", phase).Error("an instance has lost a part of what enforces its phases: " + atHooks)
+	sv.emit(Event{Kind: Lost, From: phase, Message: atHooks + ": " + why.Error()})
 }
 
 // Rejudge makes the phase hold for every task once more, as a switch does: for an
@@ -393,7 +425,10 @@ func (sv *Supervised) Rejudge(ctx context.Context) error {
 func (sv *Supervised) Serve(l Listener) { sv.serve(l, true) }
 
 // Resume is Serve for a chain that is past its start.
-func (sv *Supervised) Resume(l Listener) { sv.serve(l, false) }
+func (sv *Supervised) Resume(l Listener) {
+	sv.begun.Store(true)
+	sv.serve(l, false)
+}
 
 func (sv *Supervised) serve(l Listener, starting bool) {
 	c := &chain{sv: sv, starting: starting}
@@ -444,13 +479,30 @@ type chain struct {
 // decide by number and register values alone: what pointers point at may change after
 // it was looked at.
 func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
+	begins := false
+	if c.starting {
+		name, _ := seccomp.Name(n.ABI, n.Number)
+		begins = name == "execve" || name == "execveat"
+	}
+	if begins {
+		c.sv.begun.Store(true) // so that either this sees a switch, or that sees this
+	}
 	t := c.sv.now.Load()
 	goOn, errno = t.Decide(n.ABI, n.Number, n.Args)
 	if c.starting {
 		if !goOn {
 			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
 		}
-		if name, _ := seccomp.Name(n.ABI, n.Number); goOn && (name == "execve" || name == "execveat") {
+		if begins && goOn && c.sv.in.Ready != nil {
+			if err := c.sv.in.Ready(); err != nil {
+				c.sv.log.WithError(err).Error("an instance's program is not executed")
+				goOn, errno = false, uint(unix.EPERM)
+			}
+		}
+		if begins && goOn {
+			goOn, errno = c.enters(n.PID, t.Phase)
+		}
+		if begins && goOn {
 			// An answer that comes too late, because of a signal, has the call made again.
 			n.Accepted = func() {
 				c.starting = false
@@ -464,4 +516,16 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		c.sv.denials.add(n, t.Phase)
 	}
 	return goOn, errno
+}
+
+// enters says whether a task may execute what will be the first program of its chain.
+func (c *chain) enters(tid int, phase string) (goOn bool, errno uint) {
+	if c.sv.in.Enter == nil || c.sv.in.Plan.Ratchets[phase] == nil {
+		return true, 0
+	}
+	if err := c.sv.in.Enter(tid, phase); err != nil {
+		c.sv.log.WithError(err).WithField("phase", phase).Error("a program is not executed, as it can't be given the phase's own filter")
+		return false, uint(unix.EPERM)
+	}
+	return true, 0
 }

@@ -26,7 +26,7 @@ type Status struct {
 	// Uncovered is what the phase asks for and this host doesn't enforce, a sentence
 	// each; and after a switch that could not be finished, what may not hold yet.
 	Uncovered []string `json:"uncovered"`
-	// Denied counts the calls that the supervisor has denied.
+	// Denied counts the calls that the supervisor, and the kernel's programs, have denied.
 	Denied uint64 `json:"denied"`
 	// Recorded: nothing is enforced, and the phase is where the instance's calls count.
 	Recorded bool `json:"recorded,omitempty"`
@@ -85,8 +85,10 @@ type Event struct {
 	To         string    `json:"to,omitempty"`
 	Origin     Origin    `json:"origin,omitempty"`
 	// By is who asked, "uid 0 pid 123", as the kernel says it.
-	By      string `json:"by,omitempty"`
-	Call    string `json:"call,omitempty"` // "SCMP_ARCH_X86_64 mkdir"
+	By string `json:"by,omitempty"`
+	// Call is "SCMP_ARCH_X86_64 mkdir", or the kernel's hook whose program denied it,
+	// "lsm/file_open", and then there is no PID.
+	Call    string `json:"call,omitempty"`
 	PID     int    `json:"pid,omitempty"`
 	Count   uint64 `json:"count,omitempty"`
 	Message string `json:"message,omitempty"`

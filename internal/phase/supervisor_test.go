@@ -5,6 +5,7 @@ package phase
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -104,6 +105,7 @@ type fixture struct {
 	hookErr error
 	limits  func(context.Context, string) error
 	ratchet func(context.Context, string) error
+	enter   func(int, string) error
 
 	mu     sync.Mutex
 	events []Event // guarded by mu
@@ -144,6 +146,12 @@ func newFixture(t *testing.T) *fixture {
 				return nil
 			}
 			return f.ratchet(ctx, phase)
+		},
+		Enter: func(tid int, phase string) error {
+			if f.enter == nil {
+				return nil
+			}
+			return f.enter(tid, phase)
 		},
 		Uncovered: func(phase string) []string { return []string{"gap of " + phase} },
 	})
@@ -238,6 +246,53 @@ func TestStart(t *testing.T) {
 	f.Supervised.Serve(exec)
 	if !exec.ask(t, "setuid", false) || l.ask(t, "setuid", false) {
 		t.Error("each chain has a start of its own")
+	}
+}
+
+// Nothing is executed before what enforces is there.
+func TestReady(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	missing := errors.New("no programs")
+	f.in.Ready = func() error { return missing }
+	f.Supervised.Serve(l)
+	if l.ask(t, "execve", false) || !l.ask(t, "setuid", false) {
+		t.Error("executed before it is ready, or the start has ended by that")
+	}
+	missing = nil
+	if !l.ask(t, "execve", false) || l.ask(t, "setuid", false) {
+		t.Error("not executed")
+	}
+}
+
+// What the kernel's programs deny counts, and that they are gone is said, once.
+func TestPrograms(t *testing.T) {
+	f := newFixture(t)
+	f.Denied("read_only", "lsm/file_open", 3)
+	if st := f.Status(); st.Denied != 3 || st.State != Holds {
+		t.Errorf("%+v", st)
+	}
+	f.mu.Lock()
+	if e := f.events[len(f.events)-1]; e.Kind != Denied || e.From != "read_only" || e.Call != "lsm/file_open" || e.Count != 3 || e.PID != 0 {
+		t.Errorf("%+v", e)
+	}
+	f.mu.Unlock()
+	for range 2 {
+		f.Unhooked(errors.New("no pins"))
+	}
+	want := []string{"gap of read_only", "what BPF programs deny in a phase may not be denied: no pins"}
+	if st := f.Status(); st.State != Degraded || !slices.Equal(st.Uncovered, want) {
+		t.Errorf("%+v", st)
+	}
+	if st, err := f.to(t, "network", SetOptions{}); err != nil || st.State != Degraded {
+		t.Errorf("a switch mends it: %+v, %v", st, err)
+	}
+	f.Unhooked(nil)
+	if st := f.Status(); st.State != Holds {
+		t.Errorf("%+v", st)
+	}
+	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "denied", "lost", "switched network"}) {
+		t.Errorf("events: %v", got)
 	}
 }
 
@@ -340,6 +395,11 @@ func TestIncomplete(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f := newFixture(t)
+			l := newFakeListener()
+			f.Supervised.Serve(l)
+			if !l.ask(t, "execve", false) {
+				t.Fatal("nothing begins")
+			}
 			tc.broken(f, errors.New("out of order"))
 			st, err := f.to(t, tc.to, SetOptions{})
 			var incomplete *IncompleteError
@@ -361,6 +421,59 @@ func TestIncomplete(t *testing.T) {
 				t.Errorf("events: %v", got)
 			}
 		})
+	}
+}
+
+// TestRatchet: before the first execve there is only a runtime, which has a lot to do; from
+// then on a ratchet is put on all, and on what a runtime executes later before it runs.
+func TestRatchet(t *testing.T) {
+	f := newFixture(t)
+	var put, entered []string
+	f.ratchet = func(_ context.Context, phase string) error { put = append(put, phase); return nil }
+	var refuse error
+	f.enter = func(tid int, phase string) error {
+		entered = append(entered, fmt.Sprint(phase, " ", tid))
+		return refuse
+	}
+	first := newFakeListener()
+	f.Supervised.Serve(first)
+	first.ask(t, "capset", false)
+	if st, err := f.to(t, "locked", SetOptions{}); err != nil || st.State != Holds || len(put) > 0 {
+		t.Fatalf("before the first execve: %+v, %v; on %v", st, err, put)
+	}
+	if !first.ask(t, "execve", true) || !first.ask(t, "execve", false) || first.ask(t, "execve", false) {
+		t.Error("want one execve, that of the start, and no other in this phase")
+	}
+	if want := []string{"locked 7", "locked 7"}; !slices.Equal(entered, want) {
+		t.Errorf("entered %v, want %v", entered, want)
+	}
+	if err := f.Rejudge(t.Context()); err != nil || !slices.Equal(put, []string{"locked"}) {
+		t.Errorf("afterwards: %v; on %v", err, put)
+	}
+	refuse = errors.New("is being traced")
+	later := newFakeListener()
+	f.Supervised.Serve(later)
+	if later.ask(t, "execve", false) {
+		t.Error("an execve went on that can't have the ratchet")
+	}
+	refuse = nil
+	if !later.ask(t, "execve", false) || len(entered) != 4 {
+		t.Errorf("the next: entered %v", entered)
+	}
+}
+
+// TestNoRatchet: in a phase without one nobody enters anything.
+func TestNoRatchet(t *testing.T) {
+	f := newFixture(t)
+	f.enter = func(int, string) error { return errors.New("not asked for") }
+	f.ratchet = func(context.Context, string) error { return errors.New("not asked for") }
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	if !l.ask(t, "execve", false) {
+		t.Error("the execve of the start is denied")
+	}
+	if st, err := f.to(t, "network", SetOptions{}); err != nil || st.State != Holds {
+		t.Errorf("%+v, %v", st, err)
 	}
 }
 

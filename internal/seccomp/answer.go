@@ -88,19 +88,26 @@ func (f Filter) Answers(abi profiles.ABI, nr uint32) ([]Verdict, error) {
 		pc int
 		a  known
 	}
-	seen := map[place]bool{}
-	todo := []place{{}}
+	// Jumps go forward only, so one pass sees all. Hardly any place is reached with more
+	// than one value.
+	type reached struct {
+		once bool
+		a    known
+		more []known
+	}
+	at := make([]reached, len(f)+1)
+	reach := func(p place) {
+		p.pc = min(p.pc, len(f))
+		switch r := &at[p.pc]; {
+		case !r.once:
+			r.once, r.a = true, p.a
+		case r.a != p.a && !slices.Contains(r.more, p.a):
+			r.more = append(r.more, p.a)
+		}
+	}
+	reach(place{})
 	var out []Verdict
-	for len(todo) > 0 {
-		p := todo[len(todo)-1]
-		todo = todo[:len(todo)-1]
-		if seen[p] {
-			continue
-		}
-		seen[p] = true
-		if p.pc >= len(f) {
-			return nil, fmt.Errorf("ran off the end of %d instructions", len(f))
-		}
+	follow := func(p place) error {
 		in, next := f[p.pc], place{p.pc + 1, known{}} // what isn't followed is not known
 		switch in.Code & 0x07 {
 		case unix.BPF_LD:
@@ -127,8 +134,8 @@ func (f Filter) Answers(abi profiles.ABI, nr uint32) ([]Verdict, error) {
 			yes.pc, no.pc = p.pc+1+int(in.Jt), p.pc+1+int(in.Jf)
 			if in.Code&0xf0 == unix.BPF_JA {
 				yes.pc += int(in.K)
-				todo = append(todo, yes)
-				continue
+				reach(yes)
+				return nil
 			}
 			taken, decided := false, p.a.is && in.Code&unix.BPF_X == 0
 			switch in.Code & 0xf0 {
@@ -144,25 +151,43 @@ func (f Filter) Answers(abi profiles.ABI, nr uint32) ([]Verdict, error) {
 				decided = false
 			}
 			if !decided || taken {
-				todo = append(todo, yes)
+				reach(yes)
 			}
 			if !decided || !taken {
-				todo = append(todo, no)
+				reach(no)
 			}
-			continue
+			return nil
 		case unix.BPF_RET:
 			switch in.Code & 0x18 {
 			case unix.BPF_A:
 				if !p.a.is {
-					return nil, fmt.Errorf("%d: returns what it computes", p.pc)
+					return fmt.Errorf("%d: returns what it computes", p.pc)
 				}
 				out = append(out, Verdict(p.a.value))
 			default:
 				out = append(out, Verdict(in.K))
 			}
+			return nil
+		}
+		reach(next)
+		return nil
+	}
+	for pc := range f {
+		r := &at[pc]
+		if !r.once {
 			continue
 		}
-		todo = append(todo, next)
+		if err := follow(place{pc, r.a}); err != nil {
+			return nil, err
+		}
+		for _, a := range r.more {
+			if err := follow(place{pc, a}); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if at[len(f)].once {
+		return nil, fmt.Errorf("ran off the end of %d instructions", len(f))
 	}
 	slices.Sort(out)
 	return slices.Compact(out), nil

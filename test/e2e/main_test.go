@@ -182,7 +182,7 @@ func newEnv(t *testing.T, o harness.Options) *env {
 	mountBPFFS(t)
 	e.bpffs = fmt.Sprintf("/sys/fs/bpf/syslatch-e2e-%d", os.Getpid())
 	t.Cleanup(func() {
-		if err := bpf.Remove(e.bpffs); err != nil {
+		if err := errors.Join(bpf.Remove(e.bpffs), bpf.RemoveEnforcer(e.bpffs+"-phases")); err != nil {
 			t.Errorf("remove pins: %v", err)
 		}
 	})

@@ -276,7 +276,7 @@ func newEnv(t *testing.T, runtime, more, policies string) *env {
 		if err != nil || r.code != 0 {
 			t.Errorf("rm: %+v, %v", r, err)
 		}
-		if err := bpf.Remove(e.pins); err != nil {
+		if err := errors.Join(bpf.Remove(e.pins), bpf.RemoveEnforcer(e.pins+"-phases")); err != nil {
 			t.Error(err)
 		}
 	})

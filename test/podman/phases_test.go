@@ -17,6 +17,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
+	"github.com/syslatch/syslatch/test/harness"
 )
 
 // phased are the phases of containers that first read, and then write. Limits of
@@ -61,8 +62,8 @@ func (e *env) startDaemon() *daemon {
 		e.t.Fatal(err)
 	}
 	defer f.Close()
-	// With no more capabilities than the systemd unit leaves it.
-	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set=-all,+bpf,+perfmon", "--inh-caps=-all", "--no-new-privs",
+	// With no more capabilities than the systemd unit and its drop-in leave it.
+	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set=-all,+bpf,+perfmon,+net_admin", "--inh-caps=-all", "--no-new-privs",
 		filepath.Join(programs, "syslatchd"), "--config", e.policy, "--nri-socket", e.dir+"/none.sock", "--log-format", "json")}
 	d.cmd.Stdout, d.cmd.Stderr = f, f
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -241,8 +242,8 @@ func TestPhases(t *testing.T) {
 		inExec := func(want bool) {
 			t.Helper()
 			execs++
-			r, err := podman(e.ctx, e.conf, "exec", "agent", "mkdir", fmt.Sprintf("/tmp/exec%d", execs))
-			if err != nil || (r.code == 0) != want || !want && !strings.Contains(r.stderr, "Operation not permitted") {
+			r, err := podman(e.ctx, e.conf, "exec", "agent", "sh", "-c", fmt.Sprintf("echo runs; mkdir /tmp/exec%d", execs))
+			if err != nil || r.stdout != "runs\n" || (r.code == 0) != want || !want && !strings.Contains(r.stderr, "Operation not permitted") {
 				t.Errorf("exec mkdir: %+v, %v, want it to succeed: %v", r, err, want)
 			}
 		}
@@ -261,11 +262,28 @@ func TestPhases(t *testing.T) {
 		e.phase("set", id[:12], "write_logs")
 		s.makes(true)
 		inExec(true)
+		// What is open for writing is a BPF program's matter.
+		kept := func(want bool) {
+			t.Helper()
+			if got := s.status("echo >&5"); (got == "0") != want {
+				t.Errorf("writing to what was opened: exit status %s, want it to succeed: %v", got, want)
+			}
+		}
+		lsm := harness.BPFLSM()
+		if got := s.status("exec 5>/tmp/kept"); got != "0" {
+			t.Errorf("open: exit status %s", got)
+		}
+		kept(true)
 		if got := e.oomScore("agent"); got != 600 {
 			t.Errorf("oom_score_adj is %d", got)
 		}
 		e.phase("set", id, "read_only")
 		s.makes(false)
+		kept(!lsm)
+		inExec(false)
+		if lsm {
+			d.wait("phase event", `"denied"`, "lsm/file_permission", id)
+		}
 		if got := e.oomScore("agent"); got == 600 {
 			t.Error("oom_score_adj is not what it was")
 		}
@@ -275,11 +293,13 @@ func TestPhases(t *testing.T) {
 		d = e.startDaemon()
 		holds("read_only", 3)
 		s.makes(false)
+		kept(!lsm)
 		e.phase("set", id, "write_logs")
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
 		holds("write_logs", 4)
 		s.makes(true)
+		kept(true)
 		inExec(true)
 		s.end()
 		d.wait("phase event", `"ended"`, id)
@@ -402,7 +422,7 @@ func TestPhaseAtCreate(t *testing.T) {
 		if r := run("--annotation", "phase.syslatch.dev=write_logs"); r.stdout != "made\ndone\n" {
 			t.Errorf("by annotation: %+v", r)
 		}
-		refused(run("--annotation", "syslatch.dev/phase=loose"), `value "loose"`, "read_only, write_logs or locked")
+		refused(run("--annotation", "syslatch.dev/phase=loose"), `value "loose"`, "read_only, write_logs, network or locked")
 		if r := run(mode("record")...); r.stdout != "made\ndone\n" {
 			t.Errorf("in mode record: %+v", r)
 		}
@@ -430,7 +450,11 @@ func TestPhaseAtCreate(t *testing.T) {
 			t.Errorf("without a profile of podman's: %+v", r)
 		}
 		e.write("", strings.Replace(phased, "gaps: report", "gaps: deny", 1))
-		refused(run(), "can't be enforced on this host", "stay writable")
+		why := "stay writable"
+		if harness.BPFLSM() {
+			why = "CAP_SYS_PTRACE"
+		}
+		refused(run(), "can't be enforced on this host", why)
 		d.kill(syscall.SIGTERM)
 		refused(run(), "phases need a running syslatchd")
 		if r := e.run("plain", nil, "mkdir", "/x"); r.code != 0 {

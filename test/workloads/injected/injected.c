@@ -8,11 +8,14 @@
 //	threads N       N threads and the main one; "try" has all of them try
 //	tree DEPTH N    processes with N children each; "try" has all of them try
 //	storm           processes that fork, end and are orphaned; "mark" has all try from then on
+//	bomb [signals]  the same with as many processes as its cgroup lets it have; with
+//	                SIGUSR1 for "mark" and SIGUSR2 for "stats", without commands
 //	filtered WHAT   one with a filter that denies what an injection calls: errno or kill
 //	apart           a thread has a filter that the others haven't
 //	leaderless      the main thread has ended
 //	vfork           its vfork child has executed nothing, until "go"
 //	exec            a thread that isn't the main one executes this program, again and again
+//	late WHICH      executes this program after a line of input, by a thread or by the first
 //	stopped         stops itself
 #define _GNU_SOURCE
 #include <errno.h>
@@ -297,6 +300,19 @@ static void storm_check(void) {
 		__atomic_add_fetch(&sh->other, 1, __ATOMIC_SEQ_CST);
 }
 
+static int most = 60; // processes of a storm; 0: as many as there can be
+
+// storm_fork forks in one of the ways that there are.
+static pid_t storm_fork(unsigned way) {
+	switch (most ? 0 : way % 3) {
+	case 1: // no tracer is told
+		return syscall(SYS_clone, CLONE_UNTRACED | SIGCHLD, 0, 0, 0, 0);
+	case 2: // a sibling
+		return syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	}
+	return fork();
+}
+
 static void storm_body(unsigned seed) {
 	prctl(PR_SET_PDEATHSIG, SIGKILL); // of its parent's end; orphans live on by clearing it
 	alarm(300);
@@ -305,7 +321,8 @@ static void storm_body(unsigned seed) {
 		storm_check();
 		if (sh->over || kill(sh->root, 0))
 			break;
-		if (__atomic_add_fetch(&sh->live, 1, __ATOMIC_SEQ_CST) > 60) {
+		int live = __atomic_add_fetch(&sh->live, 1, __ATOMIC_SEQ_CST);
+		if (most && live > most) {
 			__atomic_sub_fetch(&sh->live, 1, __ATOMIC_SEQ_CST);
 			while (waitpid(-1, 0, WNOHANG) > 0)
 				;
@@ -314,9 +331,13 @@ static void storm_body(unsigned seed) {
 				break;
 			continue;
 		}
-		pid_t child = fork();
+		pid_t child = storm_fork(seed >> 20);
 		if (child < 0) {
 			__atomic_sub_fetch(&sh->live, 1, __ATOMIC_SEQ_CST);
+			while (waitpid(-1, 0, WNOHANG) > 0)
+				;
+			if (seed >> 17 & 1)
+				break;
 			continue;
 		}
 		if (child == 0) {
@@ -326,21 +347,29 @@ static void storm_body(unsigned seed) {
 			seed ^= getpid();
 			continue;
 		}
-		if (seed >> 16 & 1)
+		if ((seed >> 16 & 3) < (most ? 2 : 1))
 			break; // the child goes on, orphaned
 	}
 	__atomic_sub_fetch(&sh->live, 1, __ATOMIC_SEQ_CST);
 	_exit(0);
 }
 
-static void storm(void) {
+static volatile sig_atomic_t told;
+
+static void tell(int sig) { told = sig; }
+
+static void storm(int signals) {
 	sh = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	sh->root = getpid();
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	if (signals) {
+		signal(SIGUSR1, tell);
+		signal(SIGUSR2, tell);
+	}
 	dprintf(1, "%d\n", getpid());
 	char buf[64];
 	for (unsigned i = 0;; i++) {
-		struct pollfd in = {.fd = 0, .events = POLLIN};
+		struct pollfd in = {.fd = signals ? -1 : 0, .events = POLLIN};
 		while (waitpid(-1, 0, WNOHANG) > 0)
 			;
 		// Whatever died out or was killed, there are always some.
@@ -349,6 +378,12 @@ static void storm(void) {
 			if (fork() == 0)
 				storm_body(i * 7919);
 		}
+		int sig = told;
+		told = 0;
+		if (sig == SIGUSR1)
+			sh->mark = 1;
+		if (sig)
+			dprintf(1, "%d %d %d\n", sh->forks, sh->eperm, sh->other);
 		if (poll(&in, 1, 1) <= 0)
 			continue;
 		ssize_t n = read(0, buf, sizeof buf - 1);
@@ -407,6 +442,15 @@ static void *execs(void *arg) {
 	return 0;
 }
 
+// late prints who is to execute something, and does it when it is told.
+static void *late(void *arg) {
+	dprintf(1, "%d %ld\n", getpid(), syscall(SYS_gettid));
+	line();
+	execl("/proc/self/exe", "injected", "threads", "0", (char *)0);
+	dprintf(1, "%d\n", errno);
+	return arg;
+}
+
 static void *idle(void *arg) {
 	(void)arg;
 	for (;;)
@@ -444,7 +488,10 @@ int main(int argc, char **argv) {
 		threads = n;
 		commands();
 	} else if (!strcmp(mode, "storm")) {
-		storm();
+		storm(0);
+	} else if (!strcmp(mode, "bomb")) {
+		most = 0;
+		storm(argc > 2);
 	} else if (!strcmp(mode, "filtered") && argc > 2) {
 		const int calls[] = {SYS_seccomp, SYS_prctl, SYS_mmap, SYS_munmap, SYS_mkdirat};
 		own_filter(!strcmp(argv[2], "kill") ? SECCOMP_RET_KILL_PROCESS : SECCOMP_RET_ERRNO | EACCES, calls, 5);
@@ -481,6 +528,13 @@ int main(int argc, char **argv) {
 		pthread_t t;
 		for (int i = 0; i < 3; i++)
 			pthread_create(&t, 0, i ? idle : execs, 0);
+		idle(0);
+	} else if (!strcmp(mode, "late") && argc > 2) {
+		pthread_t t;
+		if (!strcmp(argv[2], "thread"))
+			pthread_create(&t, 0, late, 0);
+		else
+			late(0);
 		idle(0);
 	} else if (!strcmp(mode, "stopped")) {
 		start_threads(3, 0);

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/syslatch/syslatch/bpf"
@@ -372,5 +373,32 @@ func TestHookRecordsWithoutADaemon(t *testing.T) {
 	planned()
 	if err := w.asking(func(h *Hooks) error { return h.Created(t.Context(), c.ID, c.pid(), facts) }); err == nil {
 		t.Error("with failure deny it starts unsupervised")
+	}
+}
+
+// TestThaw: a container that a killed process left in a barrier runs, though its phases
+// can't be picked up.
+func TestThaw(t *testing.T) {
+	for name, mode := range map[string]policy.Mode{"recorded": policy.ModeRecord, "enforced": policy.ModeEnforce} {
+		t.Run(name, func(t *testing.T) {
+			g := newGroup(t)
+			d := phasedDecision(t)
+			d.Mode = mode
+			in := (&instance{Decision: *d, CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}).prepare()
+			in.Phases.of(d)
+			in.Container.ID = "c1"
+			a := &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}
+			a.phases = &phasing{a: a, kernel: detect(t), supervisor: phase.NewSupervisor(phase.Options{Log: a.log})}
+			frozen := filepath.Join(g.Path(), "cgroup.freeze")
+			for path, text := range map[string]string{frozen: "1", a.journal.path("c1", frozenSuffix): "", a.journal.path("c1", phaseSuffix): "{"} {
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a.pickUpPhases(in, nil)
+			if text, err := os.ReadFile(frozen); err != nil || string(text) != "0\n" {
+				t.Errorf("frozen: %q, %v", text, err)
+			}
+		})
 	}
 }

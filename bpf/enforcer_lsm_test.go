@@ -103,6 +103,7 @@ func TestPhaseOpenModes(t *testing.T) {
 			k.opens(0, o)
 		}
 		// Neither is an open of a file, nor is what the kernel opens to execute.
+		k.opens(0, op{Do: "pidfd"})
 		k.opens(0, op{Do: "mq_open", Path: "syslatch-test", Flags: rdwr | unix.O_CREAT})
 		k.want(0, op{Do: "mq_unlink", Path: "syslatch-test"})
 		k.want(0, op{Do: "exec", Path: "/bin/true"})

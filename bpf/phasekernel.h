@@ -160,6 +160,7 @@ struct sockaddr;
 #define FMODE_EXEC 0x20		/* include/linux/fs.h: an open for execve */
 #define SB_NOUSER (1UL << 31)	/* include/linux/fs.h: no path leads there */
 #define MQUEUE_MAGIC 0x19800202 /* ipc/mqueue.c */
+#define PID_FS_MAGIC 0x50494446 /* include/uapi/linux/magic.h, since 6.9 */
 #define MAX_ERRNO 4095		/* include/linux/err.h */
 #define VM_SHARED 0x8		/* include/linux/mm.h */
 #define MAY_WRITE 0x2

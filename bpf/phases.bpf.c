@@ -237,7 +237,8 @@ static __always_inline struct mount *mount_of(struct vfsmount *mnt)
 }
 
 /* The kernel's own: behind a file that has been judged itself, the layers of an
- * overlay; and message queues, where mq_open is the call. No path leads a task
+ * overlay; message queues, where mq_open is the call; and pidfds, which clone
+ * and pidfd_open make, and the kernel opens for that. No path leads a task
  * there. Mounts of which that is also said, and that tasks have files of, are
  * memory, pipes and the like (SB_NOUSER).
  */
@@ -245,9 +246,10 @@ static __always_inline int is_internal(struct file *file)
 {
 	struct vfsmount *mnt = BPF_CORE_READ(file, f_path.mnt);
 	__u64 ns = (__u64)BPF_CORE_READ(mount_of(mnt), mnt_ns);
+	unsigned long magic = BPF_CORE_READ(mnt, mnt_sb, s_magic);
 
-	if (!ns)
-		return BPF_CORE_READ(mnt, mnt_sb, s_magic) == MQUEUE_MAGIC;
+	if (!ns || magic == PID_FS_MAGIC)
+		return magic == MQUEUE_MAGIC || magic == PID_FS_MAGIC;
 	return ns >= (__u64)-MAX_ERRNO &&
 	       !(BPF_CORE_READ(mnt, mnt_sb, s_flags) & SB_NOUSER);
 }
@@ -541,8 +543,8 @@ static __always_inline int is_pair(struct sock *sk)
 	return peer && !BPF_CORE_READ(peer, addr);
 }
 
-/* A socket that is connected to the instance's own, whose listener is bound there:
- * who may not connect may go on to speak.
+/* A socket that is connected to the instance's own, whose listener is bound
+ * there: who may not connect may go on to speak.
  */
 static __always_inline int is_own(struct found *f, struct sock *sk)
 {
@@ -875,10 +877,11 @@ int BPF_PROG(syslatch_prmdir, struct cgroup *cgrp)
 	return 0;
 }
 
-/* Processes that a runtime puts into an instance, of an exec: they open files and
- * use sockets until they execute the program, behind the filter's load. So nothing is
- * denied to a process from when somebody who is in no instance puts it there, nor to
- * what it forks, until an execve under more filters than it came with.
+/* Processes that a runtime puts into an instance, of an exec: they open files
+ * and use sockets until they execute the program, behind the filter's load. So
+ * nothing is denied to a process from when somebody who is in no instance puts
+ * it there, nor to what it forks, until an execve under more filters than it
+ * came with.
  */
 
 /* Whether a cgroup is of an instance that others' processes enter. */
@@ -896,7 +899,8 @@ static __always_inline int is_entered(__u64 id)
 	return s && s->entered;
 }
 
-/* Whether the current task is in an instance, whether that is in force or not. */
+/* Whether the current task is in an instance, whether that is in force or not.
+ */
 static __always_inline int is_member(void)
 {
 	struct task_struct *task = (void *)bpf_get_current_task_btf();
@@ -935,9 +939,10 @@ int BPF_PROG(syslatch_pfork, struct task_struct *parent,
 
 	if (child->pid != child->tgid ||
 	    !bpf_map_lookup_elem(&phase_cgroups,
-				 &(__u64){ child->cgroups->dfl_cgrp->kn->id }))
+				 &(__u64){child->cgroups->dfl_cgrp->kn->id}))
 		return 0;
-	of = bpf_task_storage_get(&phase_entries, parent->group_leader, NULL, 0);
+	of =
+	    bpf_task_storage_get(&phase_entries, parent->group_leader, NULL, 0);
 	if (of && (!of->exec_id || of->exec_id == parent->self_exec_id)) {
 		e.exec_id = child->self_exec_id;
 		e.filters = of->filters;

@@ -98,8 +98,8 @@ struct phase_rules {
 	__u64 receive;
 };
 
-/* Value of phase_slots, mapped by user space, which alone writes it, but for mount_ns
- * when the program starts.
+/* Value of phase_slots, mapped by user space, which alone writes it, but for
+ * mount_ns when the program starts.
  */
 struct phase_slot {
 	__u64 now; /* phase << 32 | generation while in force, else 0 */
@@ -116,14 +116,15 @@ struct phase_slot {
 	struct phase_rules rules[PHASE_SETS];
 };
 
-/* Value of phase_entries, a process's: a runtime's that is in an instance until it
- * executes the program, to which nothing is denied. It holds while the leader has
- * that exec_id, so that it ends with an execve whatever else fails.
+/* Value of phase_entries, a process's: a runtime's that is in an instance until
+ * it executes the program, to which nothing is denied. It holds while the
+ * leader has that exec_id, so that it ends with an execve whatever else fails.
  */
 struct phase_entry {
 	__u64 exec_id; /* 0: that of the first look */
 	__u32 filters; /* an execve under no more of them goes on with it */
-	__u32 starts;  /* becomes the instance's program, in its mount namespace */
+	__u32
+	    starts; /* becomes the instance's program, in its mount namespace */
 };
 
 /* Value of phase_denials. */

@@ -395,9 +395,9 @@ func (c *phaseCompiler) call(b *builder, name string, always, ever region) {
 	// Where the union is what all allow, or a hook tells the rest apart, the filter
 	// allows it.
 	alike, err := ever.within(always)
-	// See findHooks. Programs may have to be there before the execve: the supervisor sees
-	// to that. What enters an irreversible phase by an execve needs its ratchet.
-	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Hooks)+len(c.Ratchets) > 0 && c.host.Notify) {
+	// See findHooks. What enters an irreversible phase by an execve needs its ratchet, and
+	// programs may have to be there before the execve.
+	if slices.Contains(beginsPhases, name) && (len(c.notified) > 0 || len(c.Ratchets)+len(c.Hooks) > 0 && c.host.Notify) {
 		c.notified[name] = true
 		b.add(name, specs.ActNotify, [][]specs.LinuxSeccompArg{nil})
 		return

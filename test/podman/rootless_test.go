@@ -114,7 +114,7 @@ func newRootless(t *testing.T, runtime string) *rootless {
 		r.delegate()
 	}
 	t.Cleanup(func() {
-		if err := bpf.Remove(r.pins); err != nil {
+		if err := errors.Join(bpf.Remove(r.pins), bpf.RemoveEnforcer(r.pins+"-phases")); err != nil {
 			t.Error(err)
 		}
 	})

@@ -141,7 +141,8 @@ func TestExamplesOfHelp(t *testing.T) {
 	if _, err := s.Add(t.Context(), &profiles.Recording{
 		SchemaVersion: 1, ID: at.Format("20060102T150405.000000000Z"), Workload: "docker.io/library/node/agent",
 		Started: at, Ended: at, Kernel: "6.12.0", Gate: profiles.GateFilter,
-		Phases: map[string]profiles.Calls{"read_only": {specs.ArchX86_64: {"stat"}}},
+		Phases:  map[string]profiles.Calls{"read_only": {specs.ArchX86_64: {"stat"}}},
+		Initial: "read_only",
 	}, store.AddOptions{}); err != nil {
 		t.Fatal(err)
 	}

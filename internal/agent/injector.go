@@ -53,8 +53,9 @@ type injectAnswer struct {
 
 // injector has such a process.
 type injector struct {
-	cmd *exec.Cmd
-	in  io.WriteCloser
+	cmd  *exec.Cmd
+	in   io.WriteCloser
+	thaw func() error
 
 	mu      sync.Mutex
 	last    int                          // guarded by mu
@@ -73,7 +74,11 @@ func startInjector(plan *profiles.PhasePlan, group *cgroup.Group) (*injector, er
 	if err != nil {
 		return nil, err
 	}
-	i := &injector{cmd: exec.Command("/proc/self/exe", InjectCommand), waiting: map[int]chan<- *injectAnswer{}}
+	freezer, err := cgroup.NewFreezer(group.Path())
+	if err != nil {
+		return nil, err
+	}
+	i := &injector{cmd: exec.Command("/proc/self/exe", InjectCommand), thaw: freezer.Thaw, waiting: map[int]chan<- *injectAnswer{}}
 	i.cmd.Args[0] = "syslatch"
 	i.cmd.Stderr = os.Stderr
 	if i.in, err = i.cmd.StdinPipe(); err != nil {
@@ -101,8 +106,12 @@ func (i *injector) read(from io.Reader) {
 		i.mu.Lock()
 		if err != nil {
 			i.gone = true
+			why := errInjectorGone
+			if len(i.waiting) > 0 {
+				why = errors.Join(why, i.thaw()) // killed in the middle, it left the cgroup frozen
+			}
 			for id, w := range i.waiting {
-				w <- &injectAnswer{ID: id, Error: errInjectorGone.Error()}
+				w <- &injectAnswer{ID: id, Error: why.Error()}
 			}
 			clear(i.waiting)
 		} else if w := i.waiting[a.ID]; w != nil {

@@ -254,7 +254,7 @@ func (p *programs) count(in *instance) {
 	g.mu.Lock()
 	enforcer, handle := g.enforcer, g.handle
 	g.mu.Unlock()
-	if enforcer == nil {
+	if enforcer == nil || in.supervised == nil {
 		return
 	}
 	all, err := enforcer.Denials(handle)

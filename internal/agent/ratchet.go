@@ -64,7 +64,8 @@ func (r *ratchet) put(ctx context.Context, phase string) error {
 	opts := r.options(phase)
 	opts.Timeout = ratchetTime
 	if deadline, ok := ctx.Deadline(); ok {
-		opts.Timeout = max(time.Until(deadline), time.Millisecond)
+		// Before ctx ends, which names no process.
+		opts.Timeout = max(time.Until(deadline)*3/4, time.Millisecond)
 	}
 	type result struct {
 		report *inject.Report

@@ -34,6 +34,9 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, Launched(os.Args[3], os.Args[4:]))
 		os.Exit(1)
 	}
+	if len(os.Args) == 2 && os.Args[1] == vforkCommand {
+		waitInVfork()
+	}
 	os.Exit(m.Run())
 }
 

@@ -121,8 +121,8 @@ func (r *Report) limits() Mechanism {
 	return Mechanism{"limits", Missing, "nothing", r.see("cgroup")}
 }
 
-// phases stand on the supervisor, to which BPF programs add; filters by ptrace are used
-// by nothing so far.
+// phases stand on the supervisor, to which BPF programs add; whether filters can be put on
+// processes for irreversible ones, a check of its own says (inject).
 func (r *Report) phases() Mechanism {
 	var offers, without []string
 	for _, f := range []struct{ check, name string }{

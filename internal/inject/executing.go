@@ -67,15 +67,23 @@ func (t *tracer) executing(ctx context.Context, dir string, pid, tid int, traced
 	signal.Notify(t.children, unix.SIGCHLD)
 	defer signal.Stop(t.children)
 	st, err := readStat(pid)
-	if err == nil {
-		err = seizeCall(tid, optionsExec)
-	}
-	if errors.Is(err, unix.EPERM) {
+	for try := 1; err == nil; try++ {
+		if err = seizeCall(tid, optionsExec); !errors.Is(err, unix.EPERM) {
+			break
+		}
 		// Whoever of us has it stops it, and gives it the filter.
-		if info, e := readStatus(tid); e == nil && isOurs(info.tracer) {
+		tracer := tracerOf(tid)
+		if isOurs(tracer) {
 			traced <- nil
 			return nil
 		}
+		if try == tries || tracer != 0 && tracerOf(tid) != 0 {
+			break
+		}
+		t.pause(ctx, tick) // it has just been let go
+		err = nil
+	}
+	if err != nil {
 		err = t.whyNot(st, tid, err)
 	}
 	var k *task
@@ -218,6 +226,15 @@ func (t *tracer) awaitExec(ctx context.Context, k *task, pid int) (stands bool, 
 func stillThere(tid int) bool {
 	st, err := readStat(tid)
 	return err == nil && !st.dead()
+}
+
+// tracerOf is 0 where there is none.
+func tracerOf(tid int) int {
+	info, err := readStatus(tid)
+	if err != nil {
+		return 0
+	}
+	return info.tracer
 }
 
 // isOurs says whether a tracer is a thread of this process.

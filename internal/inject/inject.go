@@ -285,7 +285,10 @@ type campaign struct {
 	loaded  bool // in any process
 	again   bool // there is a process without the filter
 	// failed are those that Partial goes on without.
-	failed  map[identity]error
+	failed map[identity]error
+	// written is told that a task has the filter in its memory, and has yet to load it; a
+	// test's.
+	written func(tid int, at uint64)
 	left    []int // tasks that the end of a tracer's thread lets go
 	tracers []int
 }

@@ -711,6 +711,36 @@ func TestPartial(t *testing.T) {
 	}
 }
 
+// Who isn't stopped may write to the memory that the filter is loaded from.
+func TestFilterChangedMeanwhile(t *testing.T) {
+	needRoot(t)
+	if err := Able(); err != nil {
+		t.Skip(err) // filters can't be read
+	}
+	for _, threads := range []string{"0", "2"} {
+		x := start(t, nil, "threads", threads)
+		s, err := openScope(Scope{PIDs: []int{x.pid}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.close()
+		c := &campaign{scope: s, filter: denyMkdir(), opts: Options{Timeout: patience}, report: &Report{}, covered: map[identity]int{}, failed: map[identity]error{}}
+		c.written = func(_ int, at uint64) {
+			allow := program(seccomp.AllowAllFilter(), at)
+			local := []unix.Iovec{{Base: &allow[0], Len: uint64(len(allow))}}
+			if _, err := unix.ProcessVMWritev(x.pid, local, []unix.RemoteIovec{{Base: uintptr(at), Len: len(allow)}}, 0); err != nil {
+				t.Error(err)
+			}
+		}
+		err = onThread(func() error { return newTracer(c).run(context60(t)) })
+		c.letGo()
+		if !errors.Is(err, errChanged) || !c.loaded || len(c.covered) != 0 {
+			t.Errorf("%s threads: %v, loaded %v, covered %v", threads, err, c.loaded, c.covered)
+		}
+		untouched(t, x.pid)
+	}
+}
+
 func TestSelfInTree(t *testing.T) {
 	// Of the helper's tree this is a part: of ours, the helper is.
 	_, err := Filter(context60(t), Scope{PIDs: []int{os.Getppid()}, Tree: true}, denyMkdir(), Options{DryRun: true})

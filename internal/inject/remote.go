@@ -16,6 +16,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
 // errApart: the threads of a process have different filters, so one of them can't load
@@ -59,6 +61,9 @@ func (t *tracer) inject(p *process, first *task) (err error) {
 	}
 	if err := t.write(first, at, program(t.filter, at)); err != nil {
 		return fmt.Errorf("write the filter: %w", err)
+	}
+	if t.written != nil {
+		t.written(first.tid, at)
 	}
 	if p.apart {
 		err = t.loadEach(p, first, at, &done)
@@ -161,7 +166,27 @@ func (t *tracer) seccomp(p *process, k *task, at, flags uint64) (uint64, error) 
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS):
 		return 0, fmt.Errorf("%w: a filter that it has may deny this; with CAP_SYS_ADMIN and no filter on this process it would be set aside", err)
 	}
+	if err == nil && r == 0 {
+		t.loaded = true
+		err = t.holds(k)
+	}
 	return r, err
+}
+
+// errChanged: who isn't stopped, and may write to the process's memory, did.
+var errChanged = errors.New("another process changed the filter while it was loaded")
+
+// holds is errChanged where the filter isn't among a task's, as far as they can be read.
+func (t *tracer) holds(k *task) error {
+	info, err := readStatus(k.tid)
+	if err != nil {
+		return err
+	}
+	filters, err := filtersOf(k.tid, info.filters)
+	if err == nil && !slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return slices.Equal(f, t.filter) }) {
+		return errChanged
+	}
+	return nil
 }
 
 // begin readies a stopped task for calls that are not its own. From here until end the

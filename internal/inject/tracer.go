@@ -284,9 +284,12 @@ func (t *tracer) seize(st stat, tid, try int) error {
 	stop()
 	if err != nil {
 		// A task that ends is EPERM. In an execve that isn't the main thread's, its
-		// number is another task's a moment later, and then there is nothing to see.
+		// number is another task's a moment later, and then there is nothing to see. Nor is
+		// there where a thread of ours that had it has ended meanwhile.
 		err = t.whyNot(st, tid, err)
-		if errors.Is(err, ErrPermission) && try < tries {
+		var traced *TracedError
+		letGo := errors.As(err, &traced) && !isOurs(traced.Tracer) && tracerOf(tid) == 0
+		if (errors.Is(err, ErrPermission) || letGo) && try < tries {
 			t.pause(context.Background(), tick)
 			return t.seize(st, tid, try+1)
 		}

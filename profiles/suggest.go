@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -89,7 +90,7 @@ func SuggestPhases(recordings []*Recording, o SuggestOptions) (*Suggestion, erro
 		}
 		switch losses := rec.Blocking(); {
 		case rec.Workload != s.Workload:
-			return nil, fmt.Errorf("recording %s is of workload %q, not of %q: one policy's phases are made of one workload's", rec.ID, rec.Workload, s.Workload)
+			return nil, fmt.Errorf("recording %q is of workload %q, not of %q: one policy's phases are made of one workload's", rec.ID, rec.Workload, s.Workload)
 		case len(line.Phases) == 0:
 			line.LeftOut = "it was not recorded by phase"
 		case len(losses) > 0 && !o.AllowLosses:
@@ -100,7 +101,9 @@ func SuggestPhases(recordings []*Recording, o SuggestOptions) (*Suggestion, erro
 			}
 		default:
 			taken = true
-			b.take(rec)
+			if err := b.take(rec); err != nil {
+				return nil, err
+			}
 			began[rec.Initial] = true
 			for _, abi := range rec.All().ABIs() {
 				abis[abi] = true
@@ -185,7 +188,11 @@ type suggesting struct {
 	notes  map[string][]string // calls, by what is to be said of them
 }
 
-func (b *suggesting) take(rec *Recording) {
+// callName is what calls are named. Recordings are files, which anybody can write, and
+// "@process" would be a group.
+var callName = regexp.MustCompile(`^[a-z0-9_]+$`)
+
+func (b *suggesting) take(rec *Recording) error {
 	for phase, calls := range rec.Phases {
 		into := b.phases[phase]
 		switch {
@@ -199,10 +206,14 @@ func (b *suggesting) take(rec *Recording) {
 		}
 		for abi, names := range calls {
 			for _, name := range names {
+				if !callName.MatchString(name) {
+					return fmt.Errorf("recording %q: %q is no system call", rec.ID, name)
+				}
 				into.of(name).add(rec, phase, abi, name)
 			}
 		}
 	}
+	return nil
 }
 
 func (v *values) add(rec *Recording, phase string, abi ABI, name string) {
@@ -292,7 +303,7 @@ func (b *suggesting) rules(exact bool) {
 
 // What there is to say of calls.
 const (
-	noteClone3 = "is answered ENOSYS, so that a libc takes clone, which is allowed in no new namespace"
+	noteClone3 = "is answered ENOSYS, so that a libc takes clone, which is allowed in no new namespace; fork and vfork are for what it may have made beside threads"
 	noteMemory = "is allowed in every form, as its flags are in memory, where nothing sees them"
 	noteRing   = "opens files and connects past every filter"
 	noteShared = "can't be allowed in phases, and is answered ENOSYS: a libc takes the calls that it reaches, if it knows them"

@@ -164,6 +164,8 @@ func TestSuggestRefuses(t *testing.T) {
 		"blind chosen": {[]*Recording{blind}, SuggestOptions{Initial: "a"}, ""},
 		"silent":       {[]*Recording{silent}, SuggestOptions{}, ""},
 		"many phases":  {[]*Recording{many}, SuggestOptions{Initial: "p0"}, "9 phases, want 1 to 8"},
+		"group":        {[]*Recording{trained("1", "a", "mkdir @process")}, SuggestOptions{}, `"@process" is no system call`},
+		"group, start": {[]*Recording{trained("1", StartPhase, "@process", "a", "mkdir")}, SuggestOptions{Initial: "a"}, `"@process" is no system call`},
 		"bad name":     {[]*Recording{trained("1", "a b", "mkdir")}, SuggestOptions{}, "no name of a phase"},
 	} {
 		s, err := SuggestPhases(tc.recs, tc.o)

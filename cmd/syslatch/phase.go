@@ -90,8 +90,9 @@ func newPhaseCommand() *cobra.Command {
 		Short: "Show and switch the phases of what runs",
 		Long: `A policy's phases are sets of system calls, files, addresses and limits; one of them
 is in force for an instance (a container, or a command of 'syslatch run'). Of one that is
-recorded nothing is enforced: the phase is where its calls count. These commands ask who supervises the instances, over a unix socket; the same can be done
-by HTTP, which docs/phases.md shows and 'GET /v1/openapi.yaml' on that socket describes.
+recorded nothing is enforced: the phase is where its calls count. These commands ask
+who supervises the instances, over a unix socket; the same can be done by HTTP, which
+docs/phases.md shows and 'GET /v1/openapi.yaml' on that socket describes.
 
 What phases a policy has, and what they come to on this host, 'syslatch profile
 phases' shows: it asks nobody.

@@ -38,8 +38,11 @@ func (f *recordPhaseFlags) add(c *cobra.Command) {
 	cli.Must(c.MarkFlagFilename("policy", "yaml", "yml", "conf"))
 	cli.Must(c.RegisterFlagCompletionFunc("phases", cobra.NoFileCompletions))
 	cli.Must(c.RegisterFlagCompletionFunc("phase", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-		names, _, _ := f.load() // none, if it can't be read
-		return names, cobra.ShellCompDirectiveNoFileComp
+		phases, err := f.load()
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return phases.Names, cobra.ShellCompDirectiveNoFileComp
 	}))
 }
 
@@ -49,16 +52,16 @@ func (f *recordPhaseFlags) given() bool {
 	return f.names != nil || slices.ContainsFunc([]string{r.policy, r.policyName, r.phase, r.socket, r.events, r.id}, func(s string) bool { return s != "" })
 }
 
-// load gives the names of the phases, and of their policy if they are of one.
-func (f *recordPhaseFlags) load() (names []string, policy string, err error) {
+// load gives the phases that are named, or those of the policy.
+func (f *recordPhaseFlags) load() (*agent.RecordPhases, error) {
 	if f.run.policy == "" {
-		return f.names, "", nil
+		return &agent.RecordPhases{Names: f.names}, nil
 	}
 	p, err := f.run.load()
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	return phaseNames(p), p.Name, nil
+	return &agent.RecordPhases{Names: phaseNames(p), Begin: p.Phases.Initial, Policy: p.Name}, nil
 }
 
 func (f *recordPhaseFlags) into(c *cobra.Command, opts *agent.RecordOptions) error {
@@ -75,13 +78,15 @@ func (f *recordPhaseFlags) into(c *cobra.Command, opts *agent.RecordOptions) err
 	case opts.Recording == "":
 		return cli.Usage(errors.New("say where to write what belongs to which phase: --recording FILE (the profile has the calls of all phases)"))
 	}
-	names, policy, err := f.load()
+	phases, err := f.load()
 	if err != nil {
 		return commandExit(0, err)
 	}
-	phases := &agent.RecordPhases{Names: names, Begin: f.run.phase, Policy: policy, ID: f.run.id, Events: f.run.events}
-	if phases.Begin != "" && !slices.Contains(names, phases.Begin) {
-		return cli.Usage(fmt.Errorf("--phase %q: want one of %s", phases.Begin, strings.Join(names, ", ")))
+	phases.ID, phases.Events = f.run.id, f.run.events
+	if f.run.phase != "" {
+		if phases.Begin = f.run.phase; !slices.Contains(phases.Names, phases.Begin) {
+			return cli.Usage(fmt.Errorf("--phase %q: want one of %s", phases.Begin, strings.Join(phases.Names, ", ")))
+		}
 	}
 	if err := phases.Check(); err != nil {
 		return cli.Usage(fmt.Errorf("--phases: %w", err))

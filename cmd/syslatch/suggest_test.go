@@ -128,6 +128,35 @@ func TestTraining(t *testing.T) {
 	p.wait()
 }
 
+// TestRecordBegins: in the phase that is named, or the policy's, which needn't be its
+// first.
+func TestRecordBegins(t *testing.T) {
+	needRoot(t)
+	path := policyFile(t, strings.Replace(runPolicy, "initial: read_only", "initial: write", 1))
+	for want, flags := range map[string][]string{
+		"write":     {"--policy", path},
+		"read_only": {"--policy", path, "--phase", "read_only"},
+		"a":         {"--phases", "a,b"},
+		"b":         {"--phases", "a,b", "--phase", "b"},
+	} {
+		file := filepath.Join(t.TempDir(), "r")
+		if r := syslatch(t, slices.Concat([]string{"record", "-q", "-o", file + ".json", "--recording", file}, flags, []string{"--", "true"})...); r.code != 0 {
+			t.Fatalf("%v: %+v", flags, r)
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec, err := profiles.DecodeRecording(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rec.Initial != want || !rec.Phases[want].Has(specs.ArchX86_64, "exit_group") {
+			t.Errorf("%v: began in %s: %v", flags, rec.Initial, rec.Phases)
+		}
+	}
+}
+
 // TestRecordByPhase: the recording keeps phases apart, the start apart from them, and
 // the profile has the calls of all.
 func TestRecordByPhase(t *testing.T) {

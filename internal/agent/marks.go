@@ -22,7 +22,8 @@ import (
 // phases than the recorder keeps, and else for the first.
 //
 // The journal comes first, so that after a kill the recorder may be behind it, in a
-// switch that was not acknowledged: who goes on tells it the journal's phase.
+// switch that was not acknowledged: who goes on tells it the journal's phase, and runs
+// the barrier again.
 
 // marks are the names of phases by the recorder's numbers.
 type marks []string
@@ -154,24 +155,24 @@ func (a *Agent) mark(in *instance) error {
 // pickUpMarks goes on with the phases of a recording that an earlier process left.
 func (a *Agent) pickUpMarks(in *instance) {
 	log := a.instanceLog(in)
+	a.unfreeze(in)
 	now, err := a.journalOf(in).phase(in.Container.ID)
 	if now.Phase == "" {
 		now.Phase = in.Decision.Phase
 	}
 	now.Generation = max(now.Generation, 1) // it goes on
+	var sv *phase.Supervised
 	if err == nil {
-		_, err = a.phases.supervise(in, now)
+		sv, err = a.phases.supervise(in, now)
 	}
 	if err != nil {
 		log.WithError(err).Error("phases not picked up: the container is recorded on, in the phase that it is in")
 		return
 	}
-	if in.CgroupID != 0 {
-		if err := a.phases.found(in, in.Container.PID); err != nil {
-			log.WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
-		}
-	}
 	if err := a.phases.serveInside(in); err != nil {
 		log.WithError(err).Error("the container can't switch its phase by itself")
+	}
+	if in.CgroupID != 0 {
+		a.rejudge(in, sv, "calls that were blocked at the earlier syslatchd's last switch may count in the phase before alone (switch the container's phase to try again)")
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/syslatch/syslatch/bpf"
@@ -42,7 +43,7 @@ policies:
   match: {}
   mode: record
   failure: deny
-  phases: {initial: look, look: {next: [make]}, make: {limits: {pids: {max: 1}}}, idle: {irreversible: true}}
+  phases: {initial: look, look: {next: [make]}, make: {limits: {pids: {max: 1}}}, idle: {irreversible: true}, cut: {}}
 `, dir, dir, pins)), policy.Options{Phases: true})
 	if err != nil {
 		t.Fatal(err)
@@ -100,7 +101,7 @@ policies:
 	switches := func(to string, generation uint64) {
 		t.Helper()
 		st, err := a.Phases().Set(t.Context(), c.ID, to, phase.SetOptions{})
-		if err != nil || st.Phase != to || st.State != phase.Holds || st.Generation != generation || !st.Recorded || len(st.Next) != 2 {
+		if err != nil || st.Phase != to || st.State != phase.Holds || st.Generation != generation || !st.Recorded || len(st.Next) != 3 {
 			t.Fatalf("%+v, %v", st, err)
 		}
 	}
@@ -141,10 +142,39 @@ policies:
 		return err == nil && strings.HasPrefix(string(at), "0 0x0 ")
 	})
 	switches("idle", 4)
-	until("counted behind the switch", func() bool {
-		s, err := a.recorder.(*bpf.Recorder).Snapshot(*a.instance(c.ID).handle)
-		return err != nil || slices.ContainsFunc(s.Calls, func(c bpf.CallSet) bool { return c.Phase == 2 })
-	})
+	counted := func(number uint8) func() bool {
+		return func() bool {
+			s, err := a.recorder.(*bpf.Recorder).Snapshot(*a.instance(c.ID).handle)
+			return err != nil || slices.ContainsFunc(s.Calls, func(c bpf.CallSet) bool { return c.Phase == number })
+		}
+	}
+	until("counted behind the switch", counted(2))
+	// A kill in a switch, behind the journal and before the barrier.
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.journal.savePhase(c.ID, phaseNow{Phase: "cut", Generation: 5}); err != nil {
+		t.Fatal(err)
+	}
+	a = open(t, p, log)
+	until("counted behind the switch that was cut off", counted(3))
+	// One in the barrier, with a journal that can't be read: it is recorded on, and runs.
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	frozen := filepath.Join(c.CgroupsPath, "cgroup.freeze")
+	for path, text := range map[string]string{frozen: "1", a.journal.path(c.ID, frozenSuffix): "", a.journal.path(c.ID, phaseSuffix): "{"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a = open(t, p, log)
+	if text, err := os.ReadFile(frozen); err != nil || string(text) != "0\n" {
+		t.Errorf("after a kill in the barrier: frozen %q, %v", text, err)
+	}
+	if _, err := a.Phases().Get(c.ID); err == nil {
+		t.Error("picked up in a phase that nobody knows")
+	}
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +211,7 @@ policies:
 	}
 	for call, want := range map[string][]string{
 		"mkdir": {"make"}, "utimensat": {"make"}, "getdents64": {"look"},
-		"execve": {"look", "make", "start"}, "brk": {"look", "make"}, "read": {"idle", "look", "make"},
+		"execve": {"look", "make", "start"}, "brk": {"look", "make"}, "read": {"cut", "idle", "look", "make"},
 	} {
 		if diff := cmp.Diff(want, in(call)); diff != "" {
 			t.Errorf("phases with %s: %s", call, diff)
@@ -198,7 +228,7 @@ policies:
 		t.Errorf("the version is no union: %+v, %v", v, err)
 	}
 	suggested, err := profiles.SuggestPhases(recs, profiles.SuggestOptions{})
-	if err != nil || suggested.Initial != "look" || len(suggested.Phases) != 3 {
+	if err != nil || suggested.Initial != "look" || len(suggested.Phases) != 4 {
 		t.Errorf("%+v, %v", suggested, err)
 	}
 	if _, err := a.Phases().Set(t.Context(), c.ID, "look", phase.SetOptions{}); err == nil {
@@ -343,5 +373,32 @@ func TestHookRecordsWithoutADaemon(t *testing.T) {
 	planned()
 	if err := w.asking(func(h *Hooks) error { return h.Created(t.Context(), c.ID, c.pid(), facts) }); err == nil {
 		t.Error("with failure deny it starts unsupervised")
+	}
+}
+
+// TestThaw: a container that a killed process left in a barrier runs, though its phases
+// can't be picked up.
+func TestThaw(t *testing.T) {
+	for name, mode := range map[string]policy.Mode{"recorded": policy.ModeRecord, "enforced": policy.ModeEnforce} {
+		t.Run(name, func(t *testing.T) {
+			g := newGroup(t)
+			d := phasedDecision(t)
+			d.Mode = mode
+			in := (&instance{Decision: *d, CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}).prepare()
+			in.Phases.of(d)
+			in.Container.ID = "c1"
+			a := &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}
+			a.phases = &phasing{a: a, kernel: detect(t), supervisor: phase.NewSupervisor(phase.Options{Log: a.log})}
+			frozen := filepath.Join(g.Path(), "cgroup.freeze")
+			for path, text := range map[string]string{frozen: "1", a.journal.path("c1", frozenSuffix): "", a.journal.path("c1", phaseSuffix): "{"} {
+				if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a.pickUpPhases(in, nil)
+			if text, err := os.ReadFile(frozen); err != nil || string(text) != "0\n" {
+				t.Errorf("frozen: %q, %v", text, err)
+			}
+		})
 	}
 }

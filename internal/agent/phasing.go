@@ -524,13 +524,10 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		if sv != nil {
 			sv.Lose(err)
 		}
+		a.unfreeze(in) // to end, it has to run
 		return
 	}
-	if in.CgroupID != 0 || in.Container.PID > 0 {
-		if err := a.phases.found(in, in.Container.PID); err != nil {
-			log.WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
-		}
-	}
+	a.unfreeze(in)
 	n := a.phases.resume(in, sv, held)
 	if err := a.phases.serveInside(in); err != nil {
 		log.WithError(err).Error("the container can't tighten itself")
@@ -542,11 +539,28 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if in.CgroupID == 0 {
 		return // not started yet
 	}
+	a.rejudge(in, sv, "calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+}
+
+// unfreeze finds the cgroup of an instance that an earlier process left, in a barrier
+// maybe.
+func (a *Agent) unfreeze(in *instance) {
+	if in.CgroupID == 0 && in.Container.PID <= 0 {
+		return // not started yet
+	}
+	in.barrier.note = a.journalOf(in).path(in.Container.ID, frozenSuffix)
+	if err := a.phases.found(in, in.Container.PID); err != nil {
+		a.instanceLog(in).WithError(err).Error("the container's cgroup can't be found: switches of its phase can't be finished")
+	}
+}
+
+// rejudge finishes a switch that an earlier process may have begun.
+func (a *Agent) rejudge(in *instance, sv *phase.Supervised, otherwise string) {
 	a.spawn("judge calls again", func() {
 		ctx, cancel := context.WithTimeout(a.stopped, rejudgeTime)
 		defer cancel()
 		if err := sv.Rejudge(ctx); err != nil {
-			log.WithError(err).Error("calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
+			a.instanceLog(in).WithError(err).Error(otherwise)
 		}
 	})
 }

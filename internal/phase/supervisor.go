@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -43,9 +44,15 @@ func NewSupervisor(o Options) *Supervisor {
 	return &Supervisor{opts: o, instances: map[string]*Supervised{}, watchers: map[*watcher]struct{}{}}
 }
 
+// idFormat is that of names in URLs, and of containers' ids.
+var idFormat = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
+
 // Add begins to supervise an instance, in its first phase. Its hooks are told that
 // phase; of its filter it can have no task yet.
 func (s *Supervisor) Add(in Instance) (*Supervised, error) {
+	if !idFormat.MatchString(in.ID) {
+		return nil, fmt.Errorf("instance %.100q: an id has at most 128 letters, digits and _ . -, the first of them a letter or digit", in.ID)
+	}
 	sv, err := newSupervised(s, in)
 	if err != nil {
 		return nil, fmt.Errorf("instance %s: %w", in.ID, err)

@@ -648,6 +648,12 @@ func TestAddRefuses(t *testing.T) {
 	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "already") {
 		t.Errorf("twice: %v", err)
 	}
+	for _, id := range []string{"", "..", "a/b", "a b", "\x1b[2J"} {
+		in.ID = id
+		if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "an id has") {
+			t.Errorf("id %q: %v", id, err)
+		}
+	}
 	in.ID, in.Initial = "k", "start"
 	if _, err := f.Add(in); err == nil || !strings.Contains(err.Error(), "unknown phase") {
 		t.Errorf("initial: %v", err)

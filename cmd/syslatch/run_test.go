@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -267,6 +268,29 @@ func TestRunRefusesGaps(t *testing.T) {
 		if want, _, _ := strings.Cut(name, " "); r.code != map[string]int{"2": 2, "125": 125}[want] || r.stderr == "" {
 			t.Errorf("%s: %+v", name, r)
 		}
+	}
+}
+
+// TestRunTellsOfPrograms: what BPF programs deny is an event, also if the command ends at
+// once. Those of cgroups are there on every kernel.
+func TestRunTellsOfPrograms(t *testing.T) {
+	needRoot(t)
+	p := startPhased(t, `apiVersion: syslatch.dev/v1
+policies:
+- name: agent
+  match: {}
+  mode: enforce
+  phases:
+    initial: call
+    gaps: report
+    call: {allow: ["@file-read", "@basic-io", "@info", "@process", "@network"], network: ["127.0.0.1:9"]}
+    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process"], network: none}
+`)
+	p.does(`bash -c 'exec 3<>/dev/tcp/127.0.0.1/10' 2>&1 | grep -q "not permitted"`, "0")
+	p.wait()
+	data, err := os.ReadFile(p.events)
+	if err != nil || !regexp.MustCompile(`"kind":"denied".*"from":"call".*"call":"(cgroup/connect4|lsm/socket_connect)".*"count":1`).Match(data) {
+		t.Errorf("events: %s, %v", data, err)
 	}
 }
 

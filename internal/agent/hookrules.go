@@ -13,11 +13,13 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/profiles"
 )
@@ -134,6 +136,68 @@ func (g *guard) remove() error {
 		g.enforcer = nil
 	}
 	return err
+}
+
+// tell tells of what was denied to the instance since it was last called, and hands over
+// all counts if there was any. An error is the end of the programs.
+func (g *guard) tell(sv *phase.Supervised, told func(counted map[string]uint64)) error {
+	g.telling.Lock()
+	defer g.telling.Unlock()
+	g.mu.Lock()
+	enforcer, handle := g.enforcer, g.handle
+	g.mu.Unlock()
+	if enforcer == nil || sv == nil {
+		return nil
+	}
+	all, err := enforcer.Denials(handle)
+	if err != nil {
+		g.mu.Lock()
+		g.enforcer = nil
+		g.mu.Unlock()
+		return err
+	}
+	next := map[string]uint64{}
+	news := false
+	for _, d := range all {
+		name := g.plan.Phases[d.Phase]
+		key := name + " " + d.Program
+		next[key] = d.Count
+		if n := d.Count - g.counted[key]; n > 0 {
+			sv.Denied(name, d.Program, n)
+			news = true
+		}
+	}
+	g.counted = next
+	if news {
+		told(next)
+	}
+	return nil
+}
+
+// watch tells of denials to a run until stop is called, which tells of the last.
+func (g *guard) watch(sv *phase.Supervised) (stop func()) {
+	tell := func() {
+		if err := g.tell(sv, func(map[string]uint64) {}); err != nil {
+			sv.Unhooked(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(countEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				tell()
+				return
+			case <-tick.C:
+				tell()
+			}
+		}
+	}()
+	return func() { cancel(); <-done }
 }
 
 // can adds to a host what the programs of its kernel can do.

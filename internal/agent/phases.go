@@ -189,6 +189,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 			child.abandon()
 			return 0, err
 		}
+		defer guarded.watch(supervised)()
 	}
 	// The execve waits for the supervisor's answer, so the listener comes first.
 	received := make(chan error, 1)

@@ -253,40 +253,13 @@ func (p *programs) watch() {
 // count tells of what was denied to an instance since it was last called. What is told is
 // in the journal behind that: a kill makes it be told again, and not lost.
 func (p *programs) count(in *instance) {
-	g := &in.guard
-	g.telling.Lock()
-	defer g.telling.Unlock()
-	g.mu.Lock()
-	enforcer, handle := g.enforcer, g.handle
-	g.mu.Unlock()
-	if enforcer == nil || in.supervised == nil {
-		return
-	}
-	all, err := enforcer.Denials(handle)
-	if err != nil {
-		g.mu.Lock()
-		g.enforcer = nil
-		g.mu.Unlock()
-		in.supervised.Unhooked(fmt.Errorf("%w (create the container anew)", err))
-		return
-	}
-	next := map[string]uint64{}
-	told := false
-	for _, d := range all {
-		name := g.plan.Phases[d.Phase]
-		key := name + " " + d.Program
-		next[key] = d.Count
-		if n := d.Count - g.counted[key]; n > 0 {
-			in.supervised.Denied(name, d.Program, n)
-			told = true
+	err := in.guard.tell(in.supervised, func(counted map[string]uint64) {
+		if err := p.a.phases.keepPhase(in, func(now *phaseNow) { now.Counted = counted }); err != nil {
+			p.a.instanceLog(in).WithError(err).Warn("denials by BPF programs may be told again by the next syslatchd")
 		}
-	}
-	g.counted = next
-	if !told {
-		return
-	}
-	if err := p.a.phases.keepPhase(in, func(now *phaseNow) { now.Counted = next }); err != nil {
-		p.a.instanceLog(in).WithError(err).Warn("denials by BPF programs may be told again by the next syslatchd")
+	})
+	if err != nil {
+		in.supervised.Unhooked(fmt.Errorf("%w (create the container anew)", err))
 	}
 }
 

@@ -568,18 +568,20 @@ func (c *phaseCompiler) gaps(o PhaseOptions) {
 			key := strings.Join(without, " ")
 			byPhases[key] = append(byPhases[key], name)
 		}
-		const why = "nobody can be asked: there is no SCMP_ACT_NOTIFY with a listener"
-		const remedy = "use runc 1.2 or crun 1.9 or later, linked with libseccomp 2.5 or later, on Linux 5.0 or later"
 		for _, key := range slices.Sorted(maps.Keys(byPhases)) {
-			c.Gaps = append(c.Gaps, PhaseGap{strings.Fields(key), "still allowed: " + strings.Join(sorted(byPhases[key]), " "), why, remedy})
+			c.Gaps = append(c.Gaps, PhaseGap{strings.Fields(key), "still allowed: " + strings.Join(sorted(byPhases[key]), " "), noNotify, notifyRemedy})
 		}
 		if len(starts) > 0 {
-			c.Gaps = append(c.Gaps, PhaseGap{slices.Clone(c.Phases), "still allowed, because container runtimes start with it: " + strings.Join(sorted(starts), " "), why, remedy})
+			c.Gaps = append(c.Gaps, PhaseGap{slices.Clone(c.Phases), "still allowed, because container runtimes start with it: " + strings.Join(sorted(starts), " "), noNotify, notifyRemedy})
 		}
 	}
 	for _, p := range c.set.Phases {
-		if p.Irreversible && !c.host.Inject {
+		switch {
+		case !p.Irreversible:
+		case !c.host.Inject:
 			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "it is left if the supervisor says so", "no filter can be put on running tasks", "give syslatchd CAP_SYS_PTRACE and CAP_SYS_ADMIN, and no filter of its own"})
+		case !c.host.Notify:
+			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "what begins in it, or is executed in it from outside, is not given its filter", noNotify, notifyRemedy})
 		}
 	}
 	if c.Listener && !c.host.WaitKillable {
@@ -593,6 +595,12 @@ func (c *phaseCompiler) gaps(o PhaseOptions) {
 		c.Notes = append(c.Notes, "phase "+c.set.Initial+" is initial and opens no files: a program with shared libraries doesn't start in it")
 	}
 }
+
+// Why nobody can be asked, and what to do.
+const (
+	noNotify     = "nobody can be asked: there is no SCMP_ACT_NOTIFY with a listener"
+	notifyRemedy = "use runc 1.2 or crun 1.9 or later, linked with libseccomp 2.5 or later, on Linux 5.0 or later"
+)
 
 func (c *phaseCompiler) onlyAtStart(name string) bool {
 	return !slices.ContainsFunc(c.Phases, func(phase string) bool { return len(c.regions[phase][name]) > 0 })

@@ -62,7 +62,7 @@ type Report struct {
 
 // Options of Examine.
 type Options struct {
-	// Timeout bounds each check; 0 means 10 s.
+	// Timeout bounds each check; 0 means 20 s.
 	Timeout time.Duration
 	// ContainerdConfig is containerd's configuration file, if not its default.
 	ContainerdConfig string
@@ -71,7 +71,7 @@ type Options struct {
 }
 
 const (
-	defaultTimeout          = 10 * time.Second
+	defaultTimeout          = 20 * time.Second
 	defaultBPFFS            = "/sys/fs/bpf"
 	defaultContainerdConfig = "/etc/containerd/config.toml"
 )

@@ -352,6 +352,10 @@ func TestNRI(t *testing.T) {
 			delete(m.programs, "containerd")
 			m.files["/etc/containerd/config.toml"] = nriTable("")
 		}, Options{}, OK, Warn, "not enabled (/etc/containerd/config.toml)"},
+		"dump fails, file without": {func(m *machine) {
+			delete(m.programs["containerd"], "config dump")
+			m.files["/etc/containerd/config.toml"] = "version = 3\n"
+		}, Options{}, Missing, Error, "containerd config dump: "},
 		"no containerd":   {func(m *machine) { delete(m.programs, "containerd") }, Options{}, Missing, Missing, "no configuration of containerd's NRI found"},
 		"strange setting": {func(m *machine) { m.dump(nriTable("disable = 'perhaps'\n")) }, Options{}, Missing, Error, "containerd config dump must work"},
 	} {

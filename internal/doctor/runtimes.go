@@ -236,8 +236,11 @@ func (h *Host) nri(ctx context.Context, o Options) (n *nriConfig, from string, e
 	case readErr != nil:
 		return nil, file, errors.Join(err, readErr)
 	}
-	n, err = parseNRI(string(text))
-	return n, file, err
+	n, parseErr := parseNRI(string(text))
+	if n == nil {
+		return nil, file, errors.Join(err, parseErr) // what containerd would have said may be another
+	}
+	return n, file, parseErr
 }
 
 const enableNRI = "start containerd 2.4 or later (without disable = true in [plugins.'" + nriPlugin + "'] of its configuration), or CRI-O with enable_nri = true"

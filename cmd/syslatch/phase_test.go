@@ -59,6 +59,42 @@ func serveAPI(t *testing.T, socket string, s *apitest.Supervisor) (stop func()) 
 	return stop
 }
 
+// TestVerify: exit status and text tell whether phases hold.
+func TestVerify(t *testing.T) {
+	lost := apitest.Instance(dbID, "db\x1b[2J")
+	lost.State, lost.Uncovered = phase.Degraded, []string{"the listener is \x1b[2J lost"}
+	for _, tc := range []struct {
+		name      string
+		instances []phase.Status
+		args      []string
+		code      int
+		stdout    string
+		stderr    string
+	}{
+		{"none", nil, nil, 0, "", ""},
+		{"all hold", supervised().List()[:1], nil, 0, "4f2a91c0ffee read_only: holds\n- files that were opened for writing stay writable\n", ""},
+		{"one doesn't", []phase.Status{apitest.Instance("run-77", ""), lost}, nil, 4,
+			"4f2b00000000 read_only: degraded\n- \"the listener is \\x1b[2J lost\"\nrun-77 read_only: holds\n", "1 of 2 instances are not in a phase that holds"},
+		{"another", []phase.Status{apitest.Instance("run-77", ""), lost}, []string{"run-77"}, 0, "run-77 read_only: holds\n", ""},
+		{"as JSON", []phase.Status{lost}, []string{"-o", "json"}, 4, `"state": "degraded"`, "1 of 1"},
+		{"unknown", nil, []string{"x"}, 1, "", "no such instance"},
+		{"too many", nil, []string{"x", "y"}, 2, "", "at most 1 arg"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			socket := filepath.Join(t.TempDir(), "s")
+			t.Setenv(socketVariable, socket)
+			serveAPI(t, socket, apitest.New(tc.instances...))
+			r := syslatch(t, append([]string{"verify"}, tc.args...)...)
+			if r.code != tc.code || !strings.Contains(r.stdout, tc.stdout) || !strings.Contains(r.stderr, tc.stderr) || (r.stderr == "") != (tc.code == 0) {
+				t.Errorf("%+v, want %d", r, tc.code)
+			}
+			if strings.ContainsRune(r.stdout+r.stderr, '\x1b') {
+				t.Errorf("a name reached the terminal: %q", r.stdout)
+			}
+		})
+	}
+}
+
 func TestPhase(t *testing.T) {
 	t.Setenv("TZ", "UTC")
 	s := supervised()

@@ -49,7 +49,12 @@ const agentPolicy = `
 // phase runs `syslatch phase` and gives its exit status.
 func (e *env) phase(args ...string) (stdout string, code int) {
 	e.t.Helper()
-	cmd := exec.CommandContext(e.ctx, filepath.Join(programs, "syslatch"), append([]string{"phase"}, args...)...)
+	return e.syslatch(append([]string{"phase"}, args...)...)
+}
+
+func (e *env) syslatch(args ...string) (stdout string, code int) {
+	e.t.Helper()
+	cmd := exec.CommandContext(e.ctx, filepath.Join(programs, "syslatch"), args...)
 	cmd.Env = append(cmd.Environ(), "SYSLATCH_SOCKET="+filepath.Join(e.dir, "state", "api.sock"))
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -59,7 +64,7 @@ func (e *env) phase(args ...string) (stdout string, code int) {
 		e.t.Fatal(err)
 	}
 	if errs.Len() > 0 {
-		e.t.Logf("syslatch phase %v: %s", args, errs.String())
+		e.t.Logf("syslatch %v: %s", args, errs.String())
 	}
 	return out.String(), cmd.ProcessState.ExitCode()
 }
@@ -312,6 +317,9 @@ func TestPhasesOutliveTheDaemon(t *testing.T) {
 	e.start(agentPolicy)
 	if st := e.phaseStatus(c.ID); st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "ENOSYS") {
 		t.Errorf("without a holder: %+v", st)
+	}
+	if out, code := e.syslatch("verify", c.ID); code != 4 || !strings.Contains(out, "degraded") {
+		t.Errorf("verify: exit status %d: %s", code, out)
 	}
 }
 

@@ -75,7 +75,8 @@ func TestVerify(t *testing.T) {
 		{"all hold", supervised().List()[:1], nil, 0, "4f2a91c0ffee read_only: holds\n- files that were opened for writing stay writable\n", ""},
 		{
 			"one doesn't",
-			[]phase.Status{apitest.Instance("run-77", ""), lost}, nil, 4,
+			[]phase.Status{apitest.Instance("run-77", ""), lost},
+			nil, 4,
 			"4f2b00000000 read_only: degraded\n- \"the listener is \\x1b[2J lost\"\nrun-77 read_only: holds\n", "1 of 2 instances are not in a phase that holds",
 		},
 		{"another", []phase.Status{apitest.Instance("run-77", ""), lost}, []string{"run-77"}, 0, "run-77 read_only: holds\n", ""},

@@ -235,6 +235,10 @@ func writeUncovered(w io.Writer, s phase.Status) error {
 		return nil
 	}
 	fmt.Fprintln(w, "Not enforced:")
+	return listUncovered(w, s)
+}
+
+func listUncovered(w io.Writer, s phase.Status) error {
 	for _, one := range s.Uncovered {
 		if _, err := fmt.Fprintf(w, "- %s\n", clean(one)); err != nil {
 			return err

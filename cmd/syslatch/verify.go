@@ -67,10 +67,8 @@ func showVerified(w io.Writer, all []phase.Status) error {
 		if _, err := fmt.Fprintf(w, "%s %s: %s\n", shortID(s.ID, all), clean(s.Phase), clean(string(s.State))); err != nil {
 			return err
 		}
-		for _, one := range s.Uncovered {
-			if _, err := fmt.Fprintf(w, "- %s\n", clean(one)); err != nil {
-				return err
-			}
+		if err := listUncovered(w, s); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -133,12 +133,18 @@ func (i *injector) ask(ctx context.Context, phase string, tid int) error {
 	}
 	i.mu.Lock()
 	err := errInjectorGone
+	i.last++
+	id := i.last
 	if !i.gone {
-		i.last++
-		i.waiting[i.last] = answer
-		err = json.NewEncoder(i.in).Encode(injectOrder{i.last, phase, tid, deadline})
+		i.waiting[id] = answer
+		err = json.NewEncoder(i.in).Encode(injectOrder{id, phase, tid, deadline})
 	}
 	i.mu.Unlock()
+	defer func() {
+		i.mu.Lock()
+		delete(i.waiting, id)
+		i.mu.Unlock()
+	}()
 	if err != nil {
 		return err
 	}

@@ -63,6 +63,8 @@ func serveAPI(t *testing.T, socket string, s *apitest.Supervisor) (stop func()) 
 func TestVerify(t *testing.T) {
 	lost := apitest.Instance(dbID, "db\x1b[2J")
 	lost.State, lost.Uncovered = phase.Degraded, []string{"the listener is \x1b[2J lost"}
+	ended := apitest.Instance("run-78", "")
+	ended.State = phase.Ended
 	for _, tc := range []struct {
 		name      string
 		instances []phase.Status
@@ -79,6 +81,7 @@ func TestVerify(t *testing.T) {
 			nil, 4,
 			"4f2b00000000 read_only: degraded\n- \"the listener is \\x1b[2J lost\"\nrun-77 read_only: holds\n", "1 of 2 instances are not in a phase that holds",
 		},
+		{"one has ended", []phase.Status{apitest.Instance("run-77", ""), ended}, nil, 0, "run-78 read_only: ended\n", ""},
 		{"another", []phase.Status{apitest.Instance("run-77", ""), lost}, []string{"run-77"}, 0, "run-77 read_only: holds\n", ""},
 		{"as JSON", []phase.Status{lost}, []string{"-o", "json"}, 4, `"state": "degraded"`, "1 of 1"},
 		{"unknown", nil, []string{"x"}, 1, "", "no such instance"},

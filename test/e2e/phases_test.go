@@ -197,6 +197,15 @@ func TestPhases(t *testing.T) {
 			if out, code := e.phase("list"); code != 0 || !strings.Contains(out, "read_only") {
 				t.Errorf("list: exit status %d: %s", code, out)
 			}
+			// A ratchet doesn't break Node, all of whose threads have it.
+			base := filtersOf(t, pid)
+			e.setPhase(c.ID, "locked")
+			says(t, e, c, "read=EPERM write=EPERM kept="+kept+" connect=EPERM")
+			for n, threads := range base {
+				if now := filtersOf(t, pid); len(base) != 1 || now[n+1] != threads || threads < 2 {
+					t.Errorf("filters %v before, %v in locked", base, now)
+				}
+			}
 			if err := c.Stop(e.ctx, 0); err != nil {
 				t.Error(err)
 			}

@@ -437,7 +437,7 @@ func (e *Enforcer) acquire() (release func(), err error) {
 	// See Recorder.acquire.
 	if _, err := os.Stat(e.dir); err != nil {
 		release()
-		return nil, fmt.Errorf("pins are gone, open the enforcer anew: %w", err)
+		return nil, fmt.Errorf("pins are gone (syslatchd, or what else has opened them, makes new ones when it is restarted): %w", err)
 	}
 	return release, nil
 }

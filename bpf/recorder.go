@@ -405,7 +405,7 @@ func (r *Recorder) acquire() (release func(), err error) {
 	if _, err := os.Stat(r.dir); err != nil {
 		r.lock.unlock()
 		r.mu.Unlock()
-		return nil, fmt.Errorf("pins are gone, open the recorder anew: %w", err)
+		return nil, fmt.Errorf("pins are gone (syslatchd, or what else has opened them, makes new ones when it is restarted): %w", err)
 	}
 	return func() {
 		r.lock.unlock()

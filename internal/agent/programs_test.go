@@ -163,7 +163,7 @@ func TestProgramsAreMissed(t *testing.T) {
 	}
 	w.a.phases.programs.count(w.a.instance("c1"))
 	lost("c1", "pins are gone")
-	if _, err := w.start("c2"); err == nil || !strings.Contains(err.Error(), "pins are gone") {
+	if _, err := w.start("c2"); err == nil || !strings.Contains(err.Error(), "when it is restarted") {
 		t.Errorf("started without: %v", err)
 	}
 	w.restart()

@@ -5,13 +5,20 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
 func TestMain(m *testing.M) {
@@ -190,6 +197,80 @@ func TestMix(t *testing.T) {
 	}
 }
 
+// A body that measures something else than it should says so.
+func TestBodies(t *testing.T) {
+	if got, err := getppid(0).measure(100); err != nil || got.Wall <= 0 {
+		t.Errorf("getppid: %+v, %v", got, err)
+	}
+	if _, err := getppid(unix.EPERM).measure(1); !errors.Is(err, unix.EPERM) {
+		t.Errorf("getppid that is not denied: %v, want an error", err)
+	}
+}
+
+// What is asked about first is denied by the ratchet.
+func TestFilters(t *testing.T) {
+	answers := func(always bool) (out [2]string) {
+		t.Helper()
+		first, ratchet, err := filters(always)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, f := range []seccomp.Filter{first, ratchet} {
+			v, err := f.Answer(specs.ArchX86_64, unix.SYS_GETPPID, [6]uint64{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[i] = v.String()
+		}
+		return out
+	}
+	notify, allow := seccomp.Verdict(unix.SECCOMP_RET_USER_NOTIF).String(), seccomp.Verdict(unix.SECCOMP_RET_ALLOW).String()
+	deny := seccomp.Verdict(unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)).String()
+	if got, want := answers(false), [2]string{notify, deny}; got != want {
+		t.Errorf("getppid that differs: %q, want %q", got, want)
+	}
+	if got, want := answers(true), [2]string{allow, allow}; got != want {
+		t.Errorf("getppid that is always allowed: %q, want %q", got, want)
+	}
+}
+
+// Connections are made, timed, and leave nothing.
+func TestHandshakes(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("a network namespace needs root")
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread ends, and the namespace
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		s, err := newSockets()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer unix.Close(s.udp)
+		var w stopwatch
+		if err := s.handshakes(backlog+1, &w); err != nil || w.cpu <= 0 {
+			t.Errorf("%v, %+v", err, w)
+		}
+		stat, err := os.ReadFile("/proc/thread-self/net/sockstat")
+		if !strings.Contains(string(stat), "TCP: inuse 1 orphan 0 tw 0 ") {
+			t.Errorf("the listener isn't all that is left: %v\n%s", err, stat)
+		}
+		if err := unix.Close(s.listener); err != nil {
+			t.Error(err)
+		}
+		if err := s.handshakes(1, &w); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("with nobody there: %v, want %v", err, unix.ECONNREFUSED)
+		}
+	}()
+	<-done
+}
+
 // TestParts runs what `make bench` runs, as briefly as can be. The calls part is
 // left out: it can't have other recorders come and go beside it.
 func TestParts(t *testing.T) {
@@ -204,7 +285,7 @@ func TestParts(t *testing.T) {
 	defer cancel()
 	var text strings.Builder
 	figures := filepath.Join(dir, "figures.json")
-	o := options{bin: dir, only: "containers,crowd,starts,kernel", json: figures, rounds: 1, creates: 1, starts: 1, crowd: 20}
+	o := options{bin: dir, only: "phases,containers,crowd,starts,kernel", json: figures, rounds: 1, creates: 1, starts: 1, crowd: 20}
 	if err := run(ctx, o, &text); err != nil {
 		t.Fatal(err)
 	}
@@ -221,6 +302,8 @@ func TestParts(t *testing.T) {
 		got[m.Name] = m.Value
 	}
 	for _, name := range []string{
+		"phases/go/to-c", "phases/ratchet-denied/ratio", "phases/set/p50", "phases/barrier/p99", "phases/ratchet/process/p50",
+		"connect/udp/allowed/to-trivial", "connect/tcp/beside/ratio",
 		"containers/none/p50", "containers/record/p99", "handlers/create-container-record/p50", "handlers/publish/p50",
 		"daemon/rest/rss", "daemon/crowd/rss", "starts/syslatchd-first/p50", "starts/record-output/p50", "kernel/1024/recorded",
 	} {
@@ -228,7 +311,7 @@ func TestParts(t *testing.T) {
 			t.Errorf("%s is %v, want more than 0", name, got[name])
 		}
 	}
-	for _, title := range []string{"Goals", "Container create to start", "Time in the daemon", "Memory of the daemon", "From start to recording", "Kernel memory"} {
+	for _, title := range []string{"Goals", "Phases", "Connecting in a phase", "Container create to start", "Time in the daemon", "Memory of the daemon", "From start to recording", "Kernel memory"} {
 		if !strings.Contains(text.String(), "\n### "+title+"\n") {
 			t.Errorf("no section %q in:\n%s", title, text.String())
 		}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 
@@ -52,7 +51,7 @@ func (b *bench) callsPart(ctx context.Context) (err error) {
 		return err
 	}
 	b.report.Machine.Foreign = c.foreign
-	if c.worker, err = startWorker(b.tmpfs, runtime.NumCPU()-1); err != nil {
+	if c.worker, err = startWorker(0, workerRole, b.tmpfs); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.worker.close()) }()
@@ -179,7 +178,7 @@ func (c *callBench) round(ctx context.Context, n int) (out [variants]map[string]
 		}
 		for i := range loads {
 			l := loads[(i+n)%len(loads)]
-			t, err := c.worker.run(l)
+			t, err := c.worker.run(l.name, l.rounds)
 			if err != nil {
 				return err
 			}
@@ -265,8 +264,19 @@ func (c *callBench) expectLinks(own int) error {
 // tracingLinks counts the links by which programs trace the kernel: each may be
 // on the way of every system call.
 func tracingLinks() (int, error) {
+	return links(func(info *link.Info) bool {
+		switch info.Type {
+		case link.TracingType, link.RawTracepointType, link.PerfEventType, link.KprobeMultiType:
+			return true
+		}
+		return false
+	})
+}
+
+// links counts those of the whole machine that match.
+func links(match func(*link.Info) bool) (int, error) {
 	for {
-		n, err := countTracingLinks()
+		n, err := countLinks(match)
 		// A link that somebody is about to make has a number, and no more.
 		if !errors.Is(err, unix.EAGAIN) {
 			return n, err
@@ -274,7 +284,7 @@ func tracingLinks() (int, error) {
 	}
 }
 
-func countTracingLinks() (n int, err error) {
+func countLinks(match func(*link.Info) bool) (n int, err error) {
 	it := new(link.Iterator)
 	defer it.Close()
 	for it.Next() {
@@ -282,8 +292,7 @@ func countTracingLinks() (n int, err error) {
 		if err != nil {
 			return 0, fmt.Errorf("link %d: %w", it.ID, err)
 		}
-		switch info.Type {
-		case link.TracingType, link.RawTracepointType, link.PerfEventType, link.KprobeMultiType:
+		if match(info) {
 			n++
 		}
 	}

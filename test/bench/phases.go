@@ -3,27 +3,24 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/bpf"
+	"github.com/syslatch/syslatch/internal/inject"
 	"github.com/syslatch/syslatch/internal/seccomp"
+	"github.com/syslatch/syslatch/profiles"
 )
 
 // supervisorSource is a supervisor in C, which gcc compiles.
@@ -33,25 +30,109 @@ var supervisorSource string
 
 // Roles of this program as a process of its own.
 const (
-	callerRole  = "internal-caller"
-	sleeperRole = "internal-sleepers"
+	callerRole    = "internal-caller"
+	sleeperRole   = "internal-sleepers"
+	connectorRole = "internal-connector"
 )
 
 // asked are the ways in which getppid is judged, in the order of the report.
 var asked = []struct {
+	way
 	name, title string
 	rounds      int // that take some 20 ms
 	supervise   func(*bench, context.Context, *caller, *os.File) error
 }{
-	{"bare", "no filter", 150_000, nil},
-	{"static", "allowed by the filter", 100_000, nil},
-	{"c", "asked, by a supervisor in C", 4_000, (*bench).superviseByC},
-	{"go", "asked, by syslatch", 4_000, (*bench).superviseByGo},
+	{way{}, "bare", "no filter", 150_000, nil},
+	{way{filter: true, always: true}, "static", "allowed in every phase, by one filter", 100_000, (*bench).superviseByGo},
+	{way{filter: true}, "c", "differs between phases: asked, by a supervisor in C", 4_000, (*bench).superviseByC},
+	{way{filter: true}, "go", "differs between phases: asked, by syslatch", 4_000, (*bench).superviseByGo},
+	{way{filter: true, always: true, ratchet: true}, "ratchet-allowed", "after a ratchet: allowed in every phase, by both filters", 100_000, (*bench).superviseByGo},
+	{way{filter: true, ratchet: true}, "ratchet-denied", "after a ratchet: denied by its filter (EPERM), asked before", 100_000, (*bench).superviseByGo},
 }
 
-// phasesPart compares what a call costs that a phase gates with one that it
-// doesn't, and how long the tasks of an instance are held at a switch.
+// way is how a caller's getppid is judged.
+type way struct {
+	filter  bool // there is one
+	always  bool // it allows getppid in every phase, and doesn't ask
+	ratchet bool // another one is injected, that of the last phase
+}
+
+// waits says whether each call waits for another process.
+func (w way) waits() bool { return w.filter && !w.always && !w.ratchet }
+
+// Loads of a caller.
+const (
+	allowedLoad = "getppid"
+	deniedLoad  = "getppid, denied"
+)
+
+func (w way) load() string {
+	if w.ratchet && !w.always {
+		return deniedLoad
+	}
+	return allowedLoad
+}
+
+// filters are an instance's, as syslatchd makes them of phases: its first, and that of
+// the phase which it can't leave. Two phases before that differ.
+func filters(getppidAlways bool) (first, ratchet seccomp.Filter, err error) {
+	var always []profiles.PhaseRule
+	differs := []string{"mkdir"}
+	if getppidAlways {
+		always = []profiles.PhaseRule{{Names: []string{"getppid"}}}
+	} else {
+		differs = append(differs, "getppid")
+	}
+	plan, err := profiles.CompilePhases(&profiles.PhaseSet{
+		Initial: "wide", MustAllow: []string{"sendmsg"}, // hands the listener over
+		Phases: []profiles.Phase{
+			{Name: "wide", Allow: append(always, profiles.PhaseRule{Names: differs})},
+			{Name: "narrow", Allow: always},
+			{Name: "last", Allow: always, Irreversible: true},
+		},
+	}, profiles.PhaseHost{Notify: true, Inject: true}, profiles.PhaseOptions{})
+	if err != nil {
+		return nil, nil, err
+	}
+	opts := seccomp.Options{ENOSYSAbove: seccomp.KernelRelease()}
+	if first, err = seccomp.Compile(plan.Profile, opts); err != nil {
+		return nil, nil, err
+	}
+	ratchet, err = seccomp.Compile(plan.Ratchets["last"], opts)
+	return first, ratchet, err
+}
+
+// phasesPart compares what a call costs that a phase gates with one that it doesn't, says
+// what a switch is made of, and what the programs that look at addresses add to a connect.
 func (b *bench) phasesPart(ctx context.Context) (err error) {
+	t, err := b.asks(ctx)
+	if err != nil {
+		return err
+	}
+	// Without pins nothing is left whatever ends this process.
+	e, err := bpf.OpenEnforcer("", bpf.EnforcerOptions{NoPin: true})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, e.Close()) }()
+	switches, ratchets, err := b.switches(ctx, e)
+	if err != nil {
+		return err
+	}
+	b.report.add(section{
+		title:  "Phases",
+		tables: []table{t, switches},
+		notes: []string{
+			fmt.Sprintf("Medians of %d rounds in which all took turns; those that are asked about by the clock, the others by the caller's processor time. Filters are those that syslatch makes of three phases. A ratchet is the filter of a phase that can't be left, injected into the caller while the supervisor holds its listener. Both supervisors let every call go on, and use SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP where the kernel has it (6.6).", b.opts.rounds),
+			fmt.Sprintf("The tasks are %d processes of %d threads, which wait in read under a filter of phases. The barrier, %d times: from the write of the switch until all have been stopped outside of their calls and go on again. A ratchet, put on %d such crowds: until each process has it, as read from /proc, and goes on. The programs' phase: the mean of %d writes, %d times.",
+				sleeperProcesses, sleeperThreads, b.opts.creates, ratchets, setsAtOnce, b.opts.creates),
+		},
+	})
+	return b.connects(ctx, e)
+}
+
+// asks measures getppid in each way.
+func (b *bench) asks(ctx context.Context) (t table, err error) {
 	times := make([][]float64, len(asked))
 	callers := make([]*caller, len(asked))
 	defer func() {
@@ -63,81 +144,69 @@ func (b *bench) phasesPart(ctx context.Context) (err error) {
 	}()
 	for i, a := range asked {
 		var listener *os.File
-		if callers[i], listener, err = startCaller(a.name); err != nil {
-			return err
+		if callers[i], listener, err = startCaller(a.way); err != nil {
+			return t, err
 		}
 		if a.supervise != nil {
 			if err := a.supervise(b, ctx, callers[i], listener); err != nil {
-				return err
+				return t, err
+			}
+		}
+		if a.ratchet {
+			if err := callers[i].tighten(ctx, a.always); err != nil {
+				return t, err
 			}
 		}
 	}
 	for n := range b.opts.rounds {
 		for i := range asked {
 			if err := ctx.Err(); err != nil {
-				return err
+				return t, err
 			}
 			at := (i + n) % len(asked)
-			t, err := callers[at].run(asked[at].rounds)
+			got, err := callers[at].run(asked[at].load(), asked[at].rounds)
 			if err != nil {
-				return err
+				return t, err
 			}
-			// One that waits for another process is to be measured by the clock.
-			if asked[at].supervise == nil {
-				t.Wall = t.CPU
+			one := got.CPU
+			if asked[at].waits() {
+				one = got.Wall
 			}
-			times[at] = append(times[at], t.Wall)
+			times[at] = append(times[at], one)
 		}
 		b.progress("phases", n+1, b.opts.rounds)
 	}
-	t := table{head: []string{"getppid", "ns a call", "ratio to no filter", "to C", "quartiles"}}
+	t = table{head: []string{"getppid", "ns a call", "ratio to no filter", "quartiles", "to C", "quartiles"}}
+	quartiles := func(v []float64) string { return fmt.Sprintf("%.2f–%.2f", quantile(v, 0.25), quantile(v, 0.75)) }
 	for i, a := range asked {
 		toBare, toC := paired(times[i], times[0], ratio), paired(times[i], times[2], ratio)
 		b.report.metric(median(times[i]), "ns", "phases", a.name, "time")
 		b.report.metric(median(toBare), "ratio", "phases", a.name, "ratio")
-		row := []string{a.title, fmt.Sprintf("%.0f", median(times[i])), fmt.Sprintf("×%.2f", median(toBare)), "", ""}
-		if a.supervise != nil {
-			row[3] = fmt.Sprintf("×%.2f", median(toC))
+		row := []string{a.title, fmt.Sprintf("%.0f", median(times[i])), fmt.Sprintf("×%.2f", median(toBare)), "", "", ""}
+		if a.filter {
+			row[3] = quartiles(toBare)
+		}
+		if a.name == "c" {
+			row[4] = "×1.00"
 		}
 		if a.name == "go" {
 			b.report.metric(median(toC), "ratio", "phases", a.name, "to-c")
-			row[4] = fmt.Sprintf("%.2f–%.2f", quantile(toC, 0.25), quantile(toC, 0.75))
+			row[4], row[5] = fmt.Sprintf("×%.2f", median(toC)), quartiles(toC)
 			b.report.goal("a call that the supervisor is asked about", "×%.2f of a supervisor in C", median(toC), 1.5)
 		}
 		t.rows = append(t.rows, row)
 	}
-	barriers, err := b.barriers(ctx)
-	if err != nil {
-		return err
-	}
-	b.report.add(section{
-		title:  "Phases",
-		tables: []table{t, barriers},
-		notes: []string{
-			fmt.Sprintf("Medians of %d rounds in which all took turns; the first two rows by the caller's processor time, the others by the clock. Both supervisors let every call go on, and use SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP where the kernel has it (6.6).", b.opts.rounds),
-			fmt.Sprintf("%d times: from the write of the switch until all tasks have been stopped outside of their calls and go on again. The tasks are %d processes of %d threads, which wait in read.", b.opts.creates, sleeperProcesses, sleeperThreads),
-		},
-	})
-	return nil
+	return t, nil
 }
 
 // caller is a process that calls getppid on one thread.
 type caller struct {
-	cmd    *exec.Cmd
-	in     io.WriteCloser
-	enc    *json.Encoder
-	dec    *json.Decoder
+	*helper
 	served func() error // ends with the process
 }
 
-// startCaller starts one that is judged in a way of asked; its listener, if that has
-// one, is still to be served.
-func startCaller(way string) (_ *caller, listener *os.File, err error) {
-	c := &caller{served: func() error { return nil }}
-	c.cmd = exec.Command("/proc/self/exe", callerRole, way)
-	c.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1", "GOGC=off")
-	c.cmd.Stderr = os.Stderr
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+// startCaller starts one; its listener, if it has a filter, is still to be served.
+func startCaller(w way) (_ *caller, listener *os.File, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
@@ -145,22 +214,17 @@ func startCaller(way string) (_ *caller, listener *os.File, err error) {
 	ours, theirs := os.NewFile(uintptr(fds[0]), "socket"), os.NewFile(uintptr(fds[1]), "socket")
 	defer ours.Close()
 	defer theirs.Close()
-	c.cmd.ExtraFiles = []*os.File{theirs}
-	out, err := c.cmd.StdoutPipe()
+	c := &caller{served: func() error { return nil }}
+	c.helper, err = startHelper(func(cmd *exec.Cmd) {
+		cmd.ExtraFiles = []*os.File{theirs}
+	}, callerRole, strconv.FormatBool(w.filter), strconv.FormatBool(w.always))
 	if err != nil {
 		return nil, nil, err
 	}
-	if c.in, err = c.cmd.StdinPipe(); err != nil {
-		return nil, nil, err
-	}
-	c.enc, c.dec = json.NewEncoder(c.in), json.NewDecoder(out)
-	if err := c.cmd.Start(); err != nil {
-		return nil, nil, err
-	}
-	theirs.Close()
-	if way == "bare" || way == "static" {
+	if !w.filter {
 		return c, nil, nil
 	}
+	theirs.Close()
 	conn, err := net.FileConn(ours)
 	if err != nil {
 		return nil, nil, errors.Join(err, c.close())
@@ -172,81 +236,44 @@ func startCaller(way string) (_ *caller, listener *os.File, err error) {
 	return c, listener, nil
 }
 
-func (c *caller) run(rounds int) (t timing, err error) {
-	if err := c.enc.Encode(order{loads[0].name, rounds}); err != nil {
-		return t, fmt.Errorf("caller: %w", err)
+// tighten puts the last phase's filter on a caller that is allowed to call yet.
+func (c *caller) tighten(ctx context.Context, always bool) error {
+	if _, err := c.run(allowedLoad, 10); err != nil {
+		return err
 	}
-	if err := c.dec.Decode(&t); err != nil {
-		return t, fmt.Errorf("caller: %w", err)
+	_, ratchet, err := filters(always)
+	if err != nil {
+		return err
 	}
-	return t, nil
+	_, err = inject.Filter(ctx, inject.Scope{PIDs: []int{c.cmd.Process.Pid}}, ratchet, inject.Options{Force: true})
+	return err
 }
 
-func (c *caller) close() error {
-	c.in.Close()
-	return errors.Join(c.cmd.Wait(), c.served())
-}
+func (c *caller) close() error { return errors.Join(c.helper.close(), c.served()) }
 
 // call is the caller's body.
 func call() error {
-	if len(os.Args) != 3 {
-		return errors.New("want a way of being judged")
+	if len(os.Args) != 4 {
+		return errors.New("want whether there is a filter, and whether it always allows")
 	}
-	runtime.LockOSThread()
-	// All on one processor: others may be busier. A supervisor comes along where the
-	// kernel wakes it there.
-	var set unix.CPUSet
-	set.Set(runtime.NumCPU() - 1)
-	if err := unix.SchedSetaffinity(0, &set); err != nil {
+	// A supervisor comes along where the kernel wakes it on this processor.
+	if err := pin(); err != nil {
 		return err
 	}
-	way, action := os.Args[2], specs.ActNotify
-	if way == "static" {
-		action = specs.ActAllow
-	}
-	f, err := seccomp.Compile(&specs.LinuxSeccomp{
-		DefaultAction: specs.ActAllow, Architectures: []specs.Arch{specs.ArchX86_64},
-		Syscalls: []specs.LinuxSyscall{
-			{Names: []string{"getppid"}, Action: action},
-			{Names: []string{"mkdir"}, Action: specs.ActErrno}, // so that there is a filter in any case
-		},
-	}, seccomp.Options{})
-	if err != nil {
-		return err
-	}
-	switch way {
-	case "bare":
-	case "static":
-		err = seccomp.Load(f, seccomp.LoadOptions{})
-	default:
-		var listener *os.File
-		if listener, err = seccomp.LoadListener(f, seccomp.LoadOptions{}); err == nil {
-			err = errors.Join(unix.Sendmsg(3, []byte(`{"fds":["seccompFd"]}`), unix.UnixRights(int(listener.Fd())), nil, 0), listener.Close())
-		}
-	}
-	if err != nil {
-		return err
-	}
-	dec, enc := json.NewDecoder(bufio.NewReader(os.Stdin)), json.NewEncoder(os.Stdout)
-	body, err := loads[0].body("") // getppid
-	if err != nil {
-		return err
-	}
-	for {
-		var o order
-		if err := dec.Decode(&o); errors.Is(err, io.EOF) {
-			return nil
-		} else if err != nil {
-			return err
-		}
-		t, err := measure(o, body)
+	if os.Args[2] == "true" {
+		first, _, err := filters(os.Args[3] == "true")
 		if err != nil {
 			return err
 		}
-		if err := enc.Encode(t); err != nil {
+		listener, err := seccomp.LoadListener(first, seccomp.LoadOptions{})
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(unix.Sendmsg(3, []byte(`{"fds":["seccompFd"]}`), unix.UnixRights(int(listener.Fd())), nil, 0), listener.Close()); err != nil {
 			return err
 		}
 	}
+	return obey(map[string]body{allowedLoad: getppid(0), deniedLoad: getppid(unix.EPERM)})
 }
 
 // superviseByC compiles the supervisor and starts it.
@@ -285,90 +312,4 @@ func (b *bench) superviseByGo(ctx context.Context, c *caller, listener *os.File)
 	}()
 	c.served = func() error { return <-done }
 	return nil
-}
-
-const (
-	sleeperProcesses = 10
-	sleeperThreads   = 10
-)
-
-// sleep is the body of a process whose threads wait in read.
-func sleep() error {
-	ready := make(chan struct{})
-	for range sleeperThreads - 1 {
-		go func() {
-			runtime.LockOSThread()
-			ready <- struct{}{}
-			_, _ = unix.Read(0, make([]byte, 1))
-		}()
-	}
-	for range sleeperThreads - 1 {
-		<-ready
-	}
-	if _, err := os.Stdout.Write([]byte("\n")); err != nil {
-		return err
-	}
-	_, err := unix.Read(0, make([]byte, 1))
-	return err
-}
-
-// barriers measures for each hierarchy that can freeze.
-func (b *bench) barriers(ctx context.Context) (t table, err error) {
-	t = table{head: []string{fmt.Sprintf("barrier for %d tasks", sleeperProcesses*sleeperThreads), "p50, ms", "p99", "most"}}
-	group, err := cgroup.New("bench")
-	if err != nil {
-		return t, err
-	}
-	defer func() { err = errors.Join(err, group.Wait(ctx), group.Remove()) }()
-	dir, err := group.Open()
-	if err != nil {
-		return t, err
-	}
-	defer dir.Close()
-	r, w, err := os.Pipe()
-	if err != nil {
-		return t, err
-	}
-	defer r.Close()
-	var all []*exec.Cmd
-	defer func() {
-		w.Close()
-		for _, cmd := range all {
-			err = errors.Join(err, cmd.Wait())
-		}
-	}()
-	for range sleeperProcesses {
-		cmd := exec.Command("/proc/self/exe", sleeperRole)
-		cmd.Stdin, cmd.Stderr = r, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			return t, err
-		}
-		if err := cmd.Start(); err != nil {
-			return t, err
-		}
-		all = append(all, cmd)
-		if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
-			return t, err
-		}
-	}
-	f, err := cgroup.NewFreezer(group.Path())
-	if err != nil {
-		return t, err
-	}
-	var times []float64
-	for range b.opts.creates {
-		begin := time.Now()
-		if err := f.Barrier(ctx); err != nil {
-			return t, err
-		}
-		times = append(times, ms(time.Since(begin)))
-	}
-	p50, p99 := median(times), quantile(times, 0.99)
-	b.report.metric(p50, "ms", "phases", "barrier", "p50")
-	b.report.metric(p99, "ms", "phases", "barrier", "p99")
-	b.report.goal(fmt.Sprintf("barrier for %d tasks, p99", sleeperProcesses*sleeperThreads), "%.1f ms", p99, 5)
-	t.rows = append(t.rows, []string{"cgroup.freeze", fmt.Sprintf("%.2f", p50), fmt.Sprintf("%.2f", p99), fmt.Sprintf("%.2f", quantile(times, 1))})
-	return t, nil
 }

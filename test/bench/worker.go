@@ -53,17 +53,64 @@ var loads = []load{
 	{"mix", []string{"openat", "fstat", "read", "pread64", "lseek", "write", "mmap", "munmap", "fcntl", "futex", "poll", "close"}, 5_000},
 }
 
-// worker is the process that makes the calls, in a cgroup of its own, on one
-// processor and one thread.
-type worker struct {
-	cmd   *exec.Cmd
-	group *cgroup.Group
-	in    io.WriteCloser
-	enc   *json.Encoder
-	dec   *json.Decoder
+// helper is this program as another process, which measures what it is told.
+type helper struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	enc *json.Encoder
+	dec *json.Decoder
 }
 
-func startWorker(dir string, cpu int) (_ *worker, err error) {
+// startHelper starts one of the roles; set, if not nil, completes the command.
+func startHelper(set func(*exec.Cmd), role string, args ...string) (*helper, error) {
+	h := &helper{cmd: exec.Command("/proc/self/exe", append([]string{role}, args...)...)}
+	// The runtime's own calls and signals would be measured with the others.
+	h.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1", "GOGC=off")
+	h.cmd.Stderr = os.Stderr
+	h.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if set != nil {
+		set(h.cmd)
+	}
+	out, err := h.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if h.in, err = h.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	h.enc, h.dec = json.NewEncoder(h.in), json.NewDecoder(out)
+	if err := h.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", role, err)
+	}
+	return h, nil
+}
+
+func (h *helper) run(name string, rounds int) (t timing, err error) {
+	if err := h.enc.Encode(order{name, rounds}); err != nil {
+		return t, fmt.Errorf("%s: %w", h.cmd.Args[1], err)
+	}
+	if err := h.dec.Decode(&t); err != nil {
+		return t, fmt.Errorf("%s: %w", h.cmd.Args[1], err)
+	}
+	if t.Failed != "" {
+		return t, fmt.Errorf("%s: %s: %s", h.cmd.Args[1], name, t.Failed)
+	}
+	return t, nil
+}
+
+func (h *helper) close() error {
+	h.in.Close()
+	return h.cmd.Wait()
+}
+
+// worker is the process that makes the calls, in a cgroup of its own.
+type worker struct {
+	*helper
+	group *cgroup.Group
+}
+
+// startWorker starts a role in a cgroup; flags are clone(2)'s.
+func startWorker(flags uintptr, role string, args ...string) (_ *worker, err error) {
 	w := &worker{}
 	if w.group, err = cgroup.New("bench"); err != nil {
 		return nil, err
@@ -78,66 +125,78 @@ func startWorker(dir string, cpu int) (_ *worker, err error) {
 		return nil, err
 	}
 	defer fd.Close()
-	w.cmd = exec.Command("/proc/self/exe", workerRole, dir, fmt.Sprint(cpu))
-	// The runtime's own calls and signals would be measured with the others.
-	w.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1", "GOGC=off")
-	w.cmd.Stderr = os.Stderr
-	w.cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(fd.Fd()), Pdeathsig: syscall.SIGKILL}
-	out, err := w.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if w.in, err = w.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	w.enc, w.dec = json.NewEncoder(w.in), json.NewDecoder(out)
-	if err := w.cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start worker: %w", err)
-	}
-	return w, nil
+	w.helper, err = startHelper(func(cmd *exec.Cmd) {
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(fd.Fd())
+		cmd.SysProcAttr.Cloneflags = flags
+	}, role, args...)
+	return w, err
 }
 
-func (w *worker) run(l load) (t timing, err error) {
-	if err := w.enc.Encode(order{l.name, l.rounds}); err != nil {
-		return t, fmt.Errorf("worker: %w", err)
-	}
-	if err := w.dec.Decode(&t); err != nil {
-		return t, fmt.Errorf("worker: %w", err)
-	}
-	if t.Failed != "" {
-		return t, fmt.Errorf("worker: %s", t.Failed)
-	}
-	return t, nil
-}
+func (w *worker) close() error { return errors.Join(w.helper.close(), w.group.Remove()) }
 
-func (w *worker) close() error {
-	w.in.Close()
-	return errors.Join(w.cmd.Wait(), w.group.Remove())
-}
-
-// work is the worker's body: it obeys orders until there are no more.
-func work() error {
-	if len(os.Args) != 4 {
-		return errors.New("want a directory and a processor")
-	}
-	dir, cpu := os.Args[2], os.Args[3]
+// pin keeps the calling thread on one processor, the last: others may be busier.
+func pin() error {
 	runtime.LockOSThread()
-	var n int
-	if _, err := fmt.Sscan(cpu, &n); err != nil {
-		return fmt.Errorf("processor %q: %w", cpu, err)
-	}
 	var set unix.CPUSet
-	set.Set(n)
+	set.Set(runtime.NumCPU() - 1)
 	if err := unix.SchedSetaffinity(0, &set); err != nil {
-		return fmt.Errorf("pin to processor %d: %w", n, err)
+		return fmt.Errorf("pin to a processor: %w", err)
 	}
-	bodies := map[string]func(rounds int) error{}
-	for _, l := range loads {
-		var err error
-		if bodies[l.name], err = l.body(dir); err != nil {
-			return err
-		}
+	return nil
+}
+
+// work is the worker's body.
+func work() error {
+	if len(os.Args) != 3 {
+		return errors.New("want a directory")
 	}
+	if err := pin(); err != nil {
+		return err
+	}
+	m, err := newMix(os.Args[2])
+	if err != nil {
+		return err
+	}
+	return obey(map[string]body{
+		loads[0].name: getppid(0),
+		loads[1].name: {len(loads[1].calls), func(rounds int, w *stopwatch) error {
+			return w.timed(func() error { return m.run(rounds) })
+		}},
+	})
+}
+
+// body makes the calls of a load, and has timed what is measured of it.
+type body struct {
+	calls int // in a round
+	run   func(rounds int, w *stopwatch) error
+}
+
+// getppid calls that, with one result: 0, or what it is denied with.
+func getppid(want unix.Errno) body {
+	list := []rawcalls.Call{{Number: unix.SYS_GETPPID}}
+	return body{1, func(rounds int, w *stopwatch) error {
+		list[0].Times = uint64(rounds)
+		return w.timed(func() error {
+			rawcalls.Run(list)
+			return result(&list[0], want)
+		})
+	}}
+}
+
+// result is an error if a call ended otherwise than it should.
+func result(c *rawcalls.Call, want unix.Errno) error {
+	got := unix.Errno(0)
+	if r := int64(c.Result); r < 0 {
+		got = unix.Errno(-r)
+	}
+	if got != want {
+		return fmt.Errorf("call %d: %w, want %w", c.Number, got, want)
+	}
+	return nil
+}
+
+// obey measures what standard input says, until that ends.
+func obey(bodies map[string]body) error {
 	dec, enc := json.NewDecoder(bufio.NewReader(os.Stdin)), json.NewEncoder(os.Stdout)
 	for {
 		var o order
@@ -146,7 +205,7 @@ func work() error {
 		} else if err != nil {
 			return err
 		}
-		t, err := measure(o, bodies[o.Load])
+		t, err := bodies[o.Load].measure(o.Rounds)
 		if err != nil {
 			t.Failed = err.Error()
 		}
@@ -156,49 +215,40 @@ func work() error {
 	}
 }
 
-func measure(o order, body func(rounds int) error) (t timing, err error) {
+func (b body) measure(rounds int) (timing, error) {
 	// Attaching and detaching changed code that the processor has yet to see.
-	if err := body(o.Rounds / 10); err != nil {
-		return t, err
+	if err := b.run(max(rounds/10, 1), &stopwatch{}); err != nil {
+		return timing{}, err
 	}
+	var w stopwatch
+	if err := b.run(rounds, &w); err != nil {
+		return timing{}, err
+	}
+	each := func(sum int64) float64 { return float64(sum) / float64(rounds*b.calls) }
+	return timing{CPU: each(w.cpu), Wall: each(w.wall)}, nil
+}
+
+// stopwatch has the nanoseconds of this thread's processor time and of the clock.
+type stopwatch struct{ cpu, wall int64 }
+
+// timed adds what do takes.
+func (w *stopwatch) timed(do func() error) error {
 	var from, to [2]unix.Timespec
 	clocks := func(ts *[2]unix.Timespec) error {
 		return errors.Join(unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ts[0]), unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts[1]))
 	}
 	if err := clocks(&from); err != nil {
-		return t, err
+		return err
 	}
-	if err := body(o.Rounds); err != nil {
-		return t, err
+	if err := do(); err != nil {
+		return err
 	}
 	if err := clocks(&to); err != nil {
-		return t, err
+		return err
 	}
-	calls := 0
-	for _, l := range loads {
-		if l.name == o.Load {
-			calls = len(l.calls) * o.Rounds
-		}
-	}
-	each := func(i int) float64 { return float64(to[i].Nano()-from[i].Nano()) / float64(calls) }
-	return timing{CPU: each(0), Wall: each(1)}, nil
-}
-
-// body makes a load's calls.
-func (l load) body(dir string) (func(rounds int) error, error) {
-	if l.name == "getppid" {
-		list := []rawcalls.Call{{Number: unix.SYS_GETPPID}}
-		return func(rounds int) error {
-			list[0].Times = uint64(rounds)
-			rawcalls.Run(list)
-			return nil
-		}, nil
-	}
-	m, err := newMix(dir)
-	if err != nil {
-		return nil, err
-	}
-	return m.run, nil
+	w.cpu += to[0].Nano() - from[0].Nano()
+	w.wall += to[1].Nano() - from[1].Nano()
+	return nil
 }
 
 // mix is what programs do with files and memory all day, on a tmpfs, so that no

@@ -92,7 +92,7 @@ testbin: deps build
 
 # The guests run side by side: each keeps one core busy.
 .PHONY: vm
-vm: testbin ## The same tests in the guest, on Debian's kernels 6.12 and 6.1 with cgroup v2
+vm: testbin ## The tests of kernels and engines in guests, on Debian's kernels 6.12 and 6.1 with cgroup v2
 	$(call install,$(VM_PACKAGES))
 	export VM_TIMEOUT=4800; status=0; \
 	test/vm/run 6.1 -- test/vm/job $(TESTBIN) >bin/vm-6.1.log 2>&1 & other=$$!; \

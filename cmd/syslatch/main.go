@@ -32,7 +32,8 @@ func newRootCommand() *cobra.Command {
 recording as the next version of a seccomp profile, and enforces that profile.
 
 The node daemon is syslatchd (see 'syslatchd --help'); this is the command line
-for recording without a container engine and for reading the profile store.`,
+for recording without a container engine, for reading the profile store, and for the
+phases of what runs.`,
 		Example: `  syslatch record -o app.json -- ./app --selftest
   syslatch run --profile app.json -- ./app
   syslatch profile list

@@ -125,9 +125,6 @@ Then it says what can't be enforced on this host, why, and what would help. The 
 is looked at as 'syslatch doctor' does; --assume takes its place, a list of notify,
 wait-killable, lsm, cgroup-connect and inject, or all, or none.
 
-This version uses notify for containers, BPF programs (lsm, cgroup-connect) for
-'syslatch run' only, and inject for nothing.
-
 JSON output has the schema ` + phasesSchema + `; fields may be added to it.
 
 Exit status: 0 the phases compile, whether all can be enforced here or not; 1 the

@@ -47,7 +47,9 @@ With --policy, runs COMMAND in a phase of a policy, in a cgroup of its own, and
 stays to supervise it and all that it starts. The phase is switched over the socket
 of --api-socket, with 'syslatch phase set --socket' or plain HTTP. What the phase does not
 allow fails with EPERM. If syslatch is killed, what differs between phases fails
-with ENOSYS from then on. That needs root, or a cgroup that is delegated.
+with ENOSYS from then on. That needs root, or a cgroup that is delegated. COMMAND,
+which runs as the same user, may use that socket, too, but only to tighten itself.
+Limits of phases are not set: the cgroup has no controllers.
 
 'syslatch profile phases' shows what phases come to. What a policy asks for and
 this command can't enforce is an error, unless the policy's phases say
@@ -135,8 +137,9 @@ func (f *runFlags) run(c *cobra.Command, args []string) error {
 		NoNewPrivs: f.noNewPrivs, Log: logrus.NewEntry(log), Messages: c.ErrOrStderr(),
 	}
 	if f.socket != "" {
-		opts.Serve = func(s *phase.Supervisor) (io.Closer, error) {
-			return (&api.Server{Phases: s, Events: s, Log: opts.Log}).Start(f.socket)
+		opts.Socket = f.socket
+		opts.Serve = func(s *phase.Supervisor, instanceOf func(int) (string, error)) (io.Closer, error) {
+			return (&api.Server{Phases: s, Events: s, InstanceOf: instanceOf, Log: opts.Log}).Start(f.socket)
 		}
 	}
 	status, err := agent.RunPhases(opts)

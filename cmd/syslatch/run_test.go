@@ -165,6 +165,24 @@ func TestRunInPhases(t *testing.T) {
 	}
 }
 
+// A command is of the same user as who supervises it, and sees its socket: there it may
+// tighten itself, and no more.
+func TestRunInPhasesCannotLoosen(t *testing.T) {
+	p := startPhased(t, strings.NewReplacer("initial: read_only", "initial: talk", "    write:", `    talk: {allow: ["@file-read", "@basic-io", "@info", "@process", "@network", "@signal", "@timer", "@sched", "@memory"]}
+    write:`).Replace(runPolicy))
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(phase string) string { return exe + " phase set --socket " + p.socket + " i " + phase + " >&2" }
+	p.does(set("write"), "3")
+	p.does("mkdir "+p.dir+"/a 2>&-", "1")
+	p.does(set("read_only"), "0")
+	p.does(set("talk"), "1") // can't connect any more
+	p.set("write", 0)
+	p.does("mkdir "+p.dir+"/a", "0")
+}
+
 func TestRunInPhasesEnds(t *testing.T) {
 	p := startPhased(t, runPolicy, "--phase", "write")
 	p.does("mkdir "+p.dir+"/a", "0")

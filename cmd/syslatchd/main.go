@@ -75,6 +75,9 @@ It runs in two ways:
                 ` + defaultConfig + ` where there is none. The runtime gives
                 it no terminal: it logs to STATEDIR/syslatchd.log.
 
+Where a policy has phases it supervises the containers that have them, and serves the
+API by which they are switched at STATEDIR/api.sock (see 'syslatch phase --help').
+
 With hook.rootless in the policy file it also serves the hooks of the users' rootless
 podman that are listed there, at a socket of its own.
 
@@ -234,7 +237,7 @@ func serveAPI(p *policy.File, a *agent.Agent, log *logrus.Entry) (stop func(), e
 		return func() {}, nil
 	}
 	socket := filepath.Join(p.StateDir, "api.sock")
-	server, err := (&phaseapi.Server{Phases: s, Events: s, Log: log}).Start(socket)
+	server, err := (&phaseapi.Server{Phases: s, Events: s, InstanceOf: a.InstanceOf, Log: log}).Start(socket)
 	if err != nil {
 		return nil, err
 	}

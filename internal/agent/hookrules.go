@@ -66,6 +66,16 @@ func (g *guard) set(phase string) error {
 	return nil
 }
 
+// own lets the instance speak to a socket in every phase, once it is connected.
+func (g *guard) own(socket string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.enforcer == nil {
+		return nil
+	}
+	return g.enforcer.Own(g.handle, socket)
+}
+
 // number is a phase's, as the programs know it.
 func (g *guard) number(phase string) uint8 { return uint8(slices.Index(g.plan.Phases, phase)) }
 

@@ -84,32 +84,55 @@ func (p *phasing) serveInside(in *instance) error {
 // BUG(phases): with cgroup v1 alone there are no ids to tell: all are let in. They can
 // tighten the instance.
 func (p *phasing) belongs(in *instance, pid int) error {
-	p.a.mu.Lock()
-	own := in.CgroupID
-	p.a.mu.Unlock()
-	id, err := p.kernel.CgroupOf(pid)
+	own := p.cgroupOf(in)
+	id, err := above(p.kernel.Hierarchy, pid, func(id uint64) bool { return id == own })
 	switch {
 	case errors.Is(err, cgroup.ErrNoV2):
 		return nil
 	case err != nil:
 		return err
-	case id == own:
-		return nil
 	case own == 0:
 		return errNoCgroup
-	}
-	above, err := p.kernel.Path(own)
-	if err != nil {
-		return err
-	}
-	path, err := p.kernel.Path(id)
-	if err != nil {
-		return err
-	}
-	if !strings.HasPrefix(path, above+"/") {
-		return fmt.Errorf("process %d is in cgroup %s", pid, path)
+	case id == 0:
+		return fmt.Errorf("process %d is in another cgroup", pid)
 	}
 	return nil
+}
+
+// cgroupOf is an instance's cgroup's id, 0 before it has one.
+func (p *phasing) cgroupOf(in *instance) uint64 {
+	p.a.mu.Lock()
+	defer p.a.mu.Unlock()
+	return in.CgroupID
+}
+
+// above is the first cgroup that is wanted, by its id, of that which a process is in and
+// those above it; 0 if none is.
+func above(h *cgroup.Hierarchy, pid int, wanted func(id uint64) bool) (uint64, error) {
+	dir, err := h.OfPID(pid)
+	for ; err == nil && strings.HasPrefix(dir, h.Unified); dir = filepath.Dir(dir) {
+		var id uint64
+		if id, err = cgroup.ID(dir); err == nil && wanted(id) {
+			return id, nil
+		}
+	}
+	return 0, err
+}
+
+// InstanceOf is the instance whose process pid is, "" if it is none's. For it that
+// instance's phases are to be switched by itself, and those of others not at all.
+func (a *Agent) InstanceOf(pid int) (string, error) {
+	owned := map[uint64]string{}
+	for _, in := range append(a.all(), a.phases.allHooked()...) {
+		if id := a.phases.cgroupOf(in); id != 0 && in.Phases != nil {
+			owned[id] = in.Container.ID
+		}
+	}
+	id, err := above(a.phases.kernel.Hierarchy, pid, func(id uint64) bool { return owned[id] != "" })
+	if errors.Is(err, cgroup.ErrNoV2) {
+		err = nil
+	}
+	return owned[id], err
 }
 
 // mounts are those of an instance whose socket is served.

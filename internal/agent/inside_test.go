@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/policy"
 )
 
 func TestBelongs(t *testing.T) {
@@ -22,6 +23,7 @@ func TestBelongs(t *testing.T) {
 		}
 	})
 	p := &phasing{a: &Agent{}, kernel: detect(t)}
+	p.a.phases = p
 	for _, tc := range []struct {
 		name string
 		in   uint64 // the instance's cgroup
@@ -35,12 +37,20 @@ func TestBelongs(t *testing.T) {
 		{"of one that hasn't started", 0, g, false},
 	} {
 		pid, stop := occupy(t, tc.of)
-		if err := p.belongs(&instance{CgroupID: tc.in}, pid); (err == nil) != tc.want {
+		in := &instance{CgroupID: tc.in, Phases: &instancePhases{}, Container: policy.Container{ID: "c1"}}
+		p.a.instances = map[string]*instance{"c1": in}
+		if err := p.belongs(in, pid); (err == nil) != tc.want {
 			t.Errorf("%s: %v", tc.name, err)
 		}
+		if id, err := p.a.InstanceOf(pid); err != nil || (id == "c1") != tc.want {
+			t.Errorf("%s: instance %q, %v", tc.name, id, err)
+		}
 		stop()
-		if err := p.belongs(&instance{CgroupID: tc.in}, pid); err == nil {
+		if err := p.belongs(in, pid); err == nil {
 			t.Errorf("%s, ended: let in", tc.name)
+		}
+		if id, err := p.a.InstanceOf(pid); err == nil {
+			t.Errorf("%s, ended: instance %q", tc.name, id)
 		}
 	}
 	if err := p.belongs(&instance{CgroupID: g.ID()}, os.Getpid()); err == nil {

@@ -36,8 +36,10 @@ type RunPhasesOptions struct {
 	Gaps    policy.Gaps    // empty is the policy's
 	ID      string         // of the instance; empty is "run-PID"
 	Events  string         // path of a file for JSON lines of phase.Event; empty for none
-	// Serve, if not nil, lets others switch phases while the command runs.
-	Serve      func(*phase.Supervisor) (io.Closer, error)
+	// Serve, if not nil, lets others switch phases while the command runs. instanceOf is
+	// of the command's own processes, as [Agent.InstanceOf].
+	Serve      func(s *phase.Supervisor, instanceOf func(pid int) (string, error)) (io.Closer, error)
+	Socket     string // that Serve serves on, by which the command may tighten itself
 	NoNewPrivs bool
 	Log        *logrus.Entry
 	Messages   io.Writer
@@ -162,7 +164,16 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}
 	defer supervisor.End(instance.ID)
 	if opts.Serve != nil {
-		server, serveErr := opts.Serve(supervisor)
+		hierarchy, serveErr := cgroup.Detect()
+		if serveErr != nil {
+			return 0, serveErr
+		}
+		server, serveErr := opts.Serve(supervisor, func(pid int) (string, error) {
+			if id, err := above(hierarchy, pid, func(id uint64) bool { return id == group.ID() }); id == 0 {
+				return "", err
+			}
+			return instance.ID, nil
+		})
 		if serveErr != nil {
 			return 0, serveErr
 		}
@@ -188,6 +199,12 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		if err := programs.enforce(guarded, child.cmd.Process.Pid, group, len(gaps) > 0); err != nil {
 			child.abandon()
 			return 0, err
+		}
+		if opts.Serve != nil {
+			if err := guarded.own(opts.Socket); err != nil {
+				child.abandon()
+				return 0, err
+			}
 		}
 		defer guarded.watch(supervised)()
 	}

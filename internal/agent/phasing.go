@@ -312,6 +312,13 @@ func (b *barrier) Barrier(ctx context.Context) error {
 	return b.While(ctx, func() error { return nil })
 }
 
+// Rejudges is phase.Barrier's.
+func (b *barrier) Rejudges() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.freezer == nil || b.freezer.Rejudges()
+}
+
 // scope is what a ratchet is put on.
 func (b *barrier) scope() (inject.Scope, error) {
 	b.mu.Lock()

@@ -167,12 +167,7 @@ func (p *programs) own(in *instance) error {
 	if in.inside == nil {
 		return nil
 	}
-	in.guard.mu.Lock()
-	defer in.guard.mu.Unlock()
-	if in.guard.enforcer == nil {
-		return nil
-	}
-	return in.guard.enforcer.Own(in.guard.handle, filepath.Join(insideOf(p.a.policy, in), insideSocket))
+	return in.guard.own(filepath.Join(insideOf(p.a.policy, in), insideSocket))
 }
 
 // remove ends what is denied to a container that has ended. Where any of its processes is

@@ -6,9 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,6 +21,9 @@ type conn struct {
 	*net.UnixConn // with its CloseWrite, which net/http looks for
 	peer          peer
 	release       func()
+	linger        time.Duration
+	answered      atomic.Bool
+	closing       sync.Once
 }
 
 // peer is the process that connected, as the kernel says. The connection may have been
@@ -26,14 +31,38 @@ type conn struct {
 type peer struct {
 	uid uint32
 	pid int32
+	// instance is whose process it is, if it is an instance's.
+	instance string
 }
 
 func (p peer) String() string { return fmt.Sprintf("uid %d pid %d", p.uid, p.pid) }
 
-// Close implements net.Conn.
-func (c *conn) Close() error {
-	defer c.release()
-	return c.UnixConn.Close()
+// Write implements net.Conn.
+func (c *conn) Write(p []byte) (int, error) {
+	c.answered.Store(true)
+	return c.UnixConn.Write(p)
+}
+
+// lingers bounds what is read of a client that doesn't close.
+const lingers = 64 << 10
+
+// Close implements net.Conn. Once this end is closed the kernel doesn't know any more
+// whose socket it was: a client whose phase lets it read from this one alone (see
+// bpf.Enforcer.Own) could not read an answer that waits there. So it is given time.
+func (c *conn) Close() (err error) {
+	c.closing.Do(func() {
+		if c.linger == 0 || !c.answered.Load() || c.CloseWrite() != nil || c.SetReadDeadline(time.Now().Add(c.linger)) != nil {
+			defer c.release()
+			err = c.UnixConn.Close()
+			return
+		}
+		go func() {
+			defer c.release()
+			_, _ = io.CopyN(io.Discard, c.UnixConn, lingers)
+			_ = c.UnixConn.Close() // nothing is to be done about it
+		}()
+	})
+	return err
 }
 
 // guarded accepts those that admit lets in, and keeps at most cap(slots) open: the rest
@@ -43,12 +72,13 @@ type guarded struct {
 	slots  chan struct{} // a token for each open connection
 	closed chan struct{}
 	close  func() error
+	linger time.Duration
 	// admit says no; nil lets all in. It doesn't wait.
-	admit func(peer) *Problem
+	admit func(*peer) *Problem
 }
 
-func guard(l *Listener, connections int, admit func(peer) *Problem) *guarded {
-	g := &guarded{Listener: l, slots: make(chan struct{}, connections), closed: make(chan struct{}), admit: admit}
+func guard(l *Listener, limits limits, admit func(*peer) *Problem) *guarded {
+	g := &guarded{Listener: l, slots: make(chan struct{}, limits.connections), closed: make(chan struct{}), linger: limits.linger, admit: admit}
 	g.close = sync.OnceValue(func() error {
 		close(g.closed)
 		return l.Close()
@@ -80,13 +110,13 @@ func (g *guarded) Accept() (net.Conn, error) {
 			continue
 		}
 		if g.admit != nil {
-			if p := g.admit(who); p != nil {
+			if p := g.admit(&who); p != nil {
 				turnAway(c, p)
 				release()
 				continue
 			}
 		}
-		return &conn{UnixConn: c, peer: who, release: release}, nil
+		return &conn{UnixConn: c, peer: who, release: release, linger: g.linger}, nil
 	}
 }
 
@@ -100,7 +130,7 @@ func credentials(c *net.UnixConn) (peer, error) {
 	if err := errors.Join(controlErr, err); err != nil {
 		return peer{}, err
 	}
-	return peer{cred.Uid, cred.Pid}, nil
+	return peer{uid: cred.Uid, pid: cred.Pid}, nil
 }
 
 // turnAway answers without reading a byte. The answer fits into the buffer of a socket

@@ -69,12 +69,12 @@ func (in *Inside) Serve(ctx context.Context, l *Listener) error {
 
 // admit keeps out who only sees the socket: where containers share a pid namespace, that
 // of another is at /proc/PID/root.
-func (in *Inside) admit(now func() time.Time) func(peer) *Problem {
+func (in *Inside) admit(now func() time.Time) func(*peer) *Problem {
 	if in.Admit == nil {
 		return nil
 	}
 	told := newBucket(1, 10, now)
-	return func(p peer) *Problem {
+	return func(p *peer) *Problem {
 		err := in.Admit(int(p.pid))
 		if err == nil {
 			return nil

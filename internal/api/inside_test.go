@@ -5,6 +5,7 @@ package api
 import (
 	"context"
 	"errors"
+	"io"
 	"fmt"
 	"net"
 	"os"
@@ -195,5 +196,26 @@ func TestInsideConnections(t *testing.T) {
 	}
 	if got := r.do("GET", "/v1/phase", ""); got.StatusCode != 200 {
 		t.Error(got.Status)
+	}
+}
+
+// A client's phase may let it read from this socket alone, which the kernel knows as
+// long as its other end is open: so that is closed after the client's.
+func TestInsideClosesLast(t *testing.T) {
+	r := startInside(t, three(), nil, limits{})
+	c, err := net.Dial("unix", r.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := io.WriteString(c, "GET /v1/phase HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(c)
+	if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 200 OK\r\n") {
+		t.Errorf("%s, %v", got, err)
+	}
+	if _, err := c.Write([]byte("x")); err != nil {
+		t.Errorf("closed before its client has: %v", err)
 	}
 }

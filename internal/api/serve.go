@@ -28,12 +28,14 @@ type limits struct {
 	write       time.Duration // of an answer, and of each event of a stream
 	idle        time.Duration // between requests
 	grace       time.Duration // for what is being answered when the server stops
+	linger      time.Duration // for a client to read an answer and close, before it is closed here; 0: none
 }
 
 func outsideLimits() limits {
 	return limits{
 		connections: 128, streams: 64,
 		header: 5 * time.Second, read: 10 * time.Second, write: 10 * time.Second, idle: 30 * time.Second, grace: 10 * time.Second,
+		linger: 10 * time.Second,
 	}
 }
 
@@ -176,11 +178,11 @@ func match(pattern string, u *url.URL) (id string, ok bool) {
 
 // serve answers until ctx ends. It returns when all that was asked is answered, or what
 // hangs has been given up.
-func serve(ctx context.Context, l *Listener, h *handler, admit func(peer) *Problem) error {
+func serve(ctx context.Context, l *Listener, h *handler, admit func(*peer) *Problem) error {
 	stop, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	h.busy = make(chan struct{}, h.limits.connections)
-	g := guard(l, h.limits.connections, admit)
+	g := guard(l, h.limits, admit)
 	defer g.Close()
 	fresh := connections{open: map[net.Conn]struct{}{}}
 	errorLog := h.log.WriterLevel(logrus.DebugLevel)

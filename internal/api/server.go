@@ -25,6 +25,10 @@ type Server struct {
 	Phases Phases
 	Events Watcher
 	Log    *logrus.Entry
+	// InstanceOf is the instance that a client's process, which may have ended, is part
+	// of, "" if it is none's: it may tighten that one, as by [Inside], and switch no
+	// other. It doesn't wait. nil: nobody is.
+	InstanceOf func(pid int) (string, error)
 
 	limits limits // zero: outsideLimits
 }
@@ -61,16 +65,31 @@ func (s *server) routes() []route {
 
 // admit lets root and this process's user in. The socket's mode does so already: this
 // holds if somebody has changed that, or has passed a descriptor on.
-func (s *server) admit() func(peer) *Problem {
+//
+// An instance's processes may be among them. What they are is asked now, while the one
+// that connected is there as a rule; if it has ended, its pid may be another's, or
+// nobody's, who is not let in.
+func (s *server) admit() func(*peer) *Problem {
 	own, told := os.Geteuid(), newBucket(1, 10, time.Now)
-	return func(p peer) *Problem {
-		if p.uid == 0 || int64(p.uid) == int64(own) {
+	return func(p *peer) *Problem {
+		log := s.Log.WithFields(logrus.Fields{"uid": p.uid, "pid": p.pid})
+		if p.uid != 0 && int64(p.uid) != int64(own) {
+			if told.take() { // the log isn't theirs to fill
+				log.Warn("connection refused: neither root nor the daemon's user")
+			}
+			return newProblem(http.StatusForbidden, TypeForbidden, fmt.Sprintf("uid %d may not switch phases: run it as root", p.uid))
+		}
+		if s.InstanceOf == nil || p.pid == 0 { // of a pid namespace above: no instance's
 			return nil
 		}
-		if told.take() { // the log isn't theirs to fill
-			s.Log.WithFields(logrus.Fields{"uid": p.uid, "pid": p.pid}).Warn("connection refused: neither root nor the daemon's user")
+		var err error
+		if p.instance, err = s.InstanceOf(int(p.pid)); err != nil {
+			if told.take() {
+				log.WithError(err).Warn("connection refused: it can't be told whether a container's process has made it")
+			}
+			return newProblem(http.StatusForbidden, TypeForbidden, "it can't be told whether a container's process connects (it has to be there until it is answered)")
 		}
-		return newProblem(http.StatusForbidden, TypeForbidden, fmt.Sprintf("uid %d may not switch phases: run it as root", p.uid))
+		return nil
 	}
 }
 
@@ -159,6 +178,12 @@ func (s *server) set(ctx context.Context, c *call) error {
 	if err != nil {
 		return err
 	}
+	origin := phase.Outside
+	if c.peer.instance != "" {
+		if origin = phase.Inside; c.peer.instance != status.ID {
+			return newProblem(http.StatusForbidden, TypeForbidden, fmt.Sprintf("processes of instance %.70q may switch no other", c.peer.instance))
+		}
+	}
 	if err := c.extend(timeout); err != nil {
 		return err
 	}
@@ -166,7 +191,7 @@ func (s *server) set(ctx context.Context, c *call) error {
 	// worse than one that nobody waits for.
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	status, err = s.Phases.Set(ctx, status.ID, request.Phase, phase.SetOptions{Origin: phase.Outside, By: c.peer.String(), Generation: generation})
+	status, err = s.Phases.Set(ctx, status.ID, request.Phase, phase.SetOptions{Origin: origin, By: c.peer.String(), Generation: generation})
 	if err != nil {
 		return err
 	}

@@ -548,6 +548,47 @@ func TestOthersAreTurnedAway(t *testing.T) {
 	}
 }
 
+// Root may run in a container, and its processes connect here: they tighten their own
+// instance, and switch no other.
+func TestInstancesOwnProcesses(t *testing.T) {
+	s := three()
+	type owner struct {
+		instance string
+		err      error
+	}
+	owners := make(chan owner, 1)
+	r := start(t, 0o600, func(ctx context.Context, l *Listener, log *logrus.Entry) error {
+		return (&Server{Phases: s, Events: s, Log: log, InstanceOf: func(int) (string, error) {
+			o := <-owners
+			return o.instance, o.err
+		}}).Serve(ctx, l)
+	})
+	for _, tc := range []struct {
+		owner  owner
+		status string
+		origin phase.Origin // of the wish that is passed on, if one is
+	}{
+		{owner{"c0ffee", nil}, "200", phase.Inside},
+		{owner{"4f77", nil}, "403", ""},
+		{owner{"", nil}, "200", phase.Outside},
+		{owner{"", errors.New("secret cgroup")}, "403", ""},
+	} {
+		owners <- tc.owner
+		before := len(s.Asked())
+		got := r.raw("PUT /v1/instances/c0ffee/phase HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 19\r\n\r\n{\"phase\":\"network\"}")
+		if !strings.HasPrefix(got, "HTTP/1.1 "+tc.status+" ") || strings.Contains(got, "secret") {
+			t.Errorf("%+v: %s", tc.owner, got)
+		}
+		asked := s.Asked()[before:]
+		if len(asked) > 1 || (len(asked) == 1) != (tc.origin != "") || len(asked) == 1 && asked[0].Options.Origin != tc.origin {
+			t.Errorf("%+v: passed on %+v", tc.owner, asked)
+		}
+	}
+	if !strings.Contains(r.log.String(), "secret cgroup") {
+		t.Errorf("log: %s", r.log)
+	}
+}
+
 func TestGarbage(t *testing.T) {
 	l := outsideLimits()
 	l.header, l.read, l.idle = 100*time.Millisecond, 200*time.Millisecond, 100*time.Millisecond

@@ -23,6 +23,8 @@ import (
 // freezer is a barrier that fails when it is told to.
 type freezer struct{ fails atomic.Pointer[error] }
 
+func (*freezer) Rejudges() bool { return true }
+
 func (f *freezer) Barrier(ctx context.Context) error {
 	fails := f.fails.Load()
 	if fails == nil {

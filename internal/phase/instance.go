@@ -31,6 +31,8 @@ type Listener interface {
 // [cgroup.Freezer] is one.
 type Barrier interface {
 	Barrier(ctx context.Context) error
+	// Rejudges says whether every call that was blocked is made again after it.
+	Rejudges() bool
 }
 
 // Instance is what [Supervisor.Add] is to supervise. What is nil is not there to
@@ -167,6 +169,9 @@ func (sv *Supervised) Status() Status {
 	if sv.in.Record {
 		st.Uncovered = append(st.Uncovered, onlyRecorded)
 	}
+	if sv.in.Barrier != nil && !sv.in.Barrier.Rejudges() && !sv.in.Record {
+		st.Uncovered = append(st.Uncovered, notRejudged)
+	}
 	if sv.in.Uncovered != nil {
 		st.Uncovered = append(st.Uncovered, sv.in.Uncovered(st.Phase)...)
 	}
@@ -189,6 +194,9 @@ func (sv *Supervised) Status() Status {
 
 // onlyRecorded is what a recorded instance lacks.
 const onlyRecorded = "nothing is denied and no limit set: the instance is recorded, and the phase is where its calls count"
+
+// notRejudged is what cgroup v1's freezer lacks.
+const notRejudged = "calls that are blocked at a switch may go on as the phase before allowed (the freezer of cgroup v1 doesn't have all of them made again; mount cgroup v2)"
 
 // What may be broken.
 const (

@@ -35,8 +35,11 @@ func agentPhases() *profiles.PhaseSet {
 
 // barrier is called once for a switch.
 type barrier struct {
-	do func(context.Context) error
+	do   func(context.Context) error
+	weak bool // doesn't have calls made again
 }
+
+func (b *barrier) Rejudges() bool { return !b.weak }
 
 func (b *barrier) Barrier(ctx context.Context) error {
 	if b.do == nil {
@@ -202,6 +205,10 @@ func TestSwitch(t *testing.T) {
 	if diff := cmp.Diff(want, st); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
+	f.in.Barrier.(*barrier).weak = true
+	if st := f.Status(); !slices.Equal(st.Uncovered, []string{notRejudged, "gap of write_logs"}) {
+		t.Errorf("where calls are not made again: %q", st.Uncovered)
+	}
 	if !l.ask(t, "mkdir", false) || !l.ask(t, "openat", false, 0, 0, write) || l.ask(t, "connect", false) {
 		t.Error("write_logs is not in force")
 	}
@@ -345,7 +352,7 @@ func TestRecorded(t *testing.T) {
 	in := f.Supervised.in
 	in.ID, in.Record, in.Uncovered, in.Limits, in.Ratchet = "r", true, nil, nil, nil
 	var stopped, kept int
-	in.Barrier = &barrier{func(context.Context) error { stopped++; return nil }}
+	in.Barrier = &barrier{do: func(context.Context) error { stopped++; return nil }}
 	in.Keep = func(string, uint64) error { kept++; return nil }
 	f.hooks = nil
 	sv, err := f.Add(in)
@@ -376,7 +383,7 @@ func TestRecorded(t *testing.T) {
 		t.Errorf("the recorder refuses: %+v, %v", st, err)
 	}
 	f.hookErr = nil
-	sv.in.Barrier = &barrier{func(context.Context) error { return errors.New("out of order") }}
+	sv.in.Barrier = &barrier{do: func(context.Context) error { return errors.New("out of order") }}
 	if st, err := f.Set(t.Context(), "r", "network", SetOptions{}); err == nil || st.State != Degraded || st.Uncovered[1] != atRecord+": out of order" {
 		t.Errorf("without a barrier: %+v, %v", st, err)
 	}

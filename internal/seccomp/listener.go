@@ -188,46 +188,6 @@ func isValid(fd int, id uint64) (bool, error) {
 	}
 }
 
-// orphanScan is how many ids DenyOrphans looks at. They are sequential, for each
-// listener from a random one on.
-const orphanScan = 4096
-
-// DenyOrphans answers with EPERM the calls that were received by a supervisor that
-// died before it answered: the kernel doesn't deliver them again. They are looked
-// for among the 4096 ids before next, the first that this supervisor received, so
-// call it from the first call of decide, with the Notification's ID.
-//
-// The others that wait are delivered in the order of their ids, so that nothing
-// received before has a higher one than next, as long as nobody else receives from
-// the listener.
-//
-// BUG(seccomp): until there is a next call, orphans wait. Without
-// SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV any signal, and a freeze of their cgroup,
-// has them make their call again, which is the better way to be rid of them; with
-// it, only SIGKILL ends the wait.
-func (l *Listener) DenyOrphans(next uint64) (denied int, err error) {
-	err = l.control(func(fd int) error {
-		for id := next - orphanScan; id != next; id++ {
-			valid, err := isValid(fd, id)
-			if err != nil {
-				return err
-			}
-			if !valid {
-				continue
-			}
-			accepted, err := send(fd, notifResp{id: id, errno: -int32(unix.EPERM)})
-			if err != nil {
-				return err
-			}
-			if accepted {
-				denied++
-			}
-		}
-		return nil
-	})
-	return denied, err
-}
-
 // Serve asks decide about every call that the filter notifies of, one after the
 // other on one thread, and answers: the call goes on, or returns errno, which is
 // EPERM if decide gives none that is one (1 to 4094). The Notification is decide's
@@ -243,8 +203,9 @@ func (l *Listener) DenyOrphans(next uint64) (denied int, err error) {
 // For each call that is poll(2), since a RECV of its own could not be ended: before
 // Linux 6.11 it blocks for ever when the tasks are gone. Then
 // SECCOMP_IOCTL_NOTIF_RECV, decide and SECCOMP_IOCTL_NOTIF_SEND. When this process
-// dies before SEND, the caller waits until the listener's last descriptor is closed;
-// see DenyOrphans.
+// dies before SEND, the caller waits until the listener's last descriptor is closed, or
+// a signal or a freeze of its cgroup has it make its call again; with
+// SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV only SIGKILL does.
 func (l *Listener) Serve(ctx context.Context, decide func(*Notification) (goOn bool, errno uint)) error {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)

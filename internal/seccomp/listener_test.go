@@ -271,51 +271,6 @@ func TestServeSignals(t *testing.T) {
 	}
 }
 
-// TestDenyOrphans: another supervisor received calls and died before it answered.
-func TestDenyOrphans(t *testing.T) {
-	k, l := newTask(t, LoadOptions{NoNewPrivs: true, WaitKillable: true})
-	file, err := l.File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	// The children of the thread have its filter.
-	var cmds []*exec.Cmd
-	for range 3 {
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), helperEnv+"=getuid", "GORACE=atexit_sleep_ms=0")
-		started := make(chan error)
-		k.work <- func() { started <- cmd.Start() }
-		if err := within(t, started, "a start"); err != nil {
-			t.Fatal(err)
-		}
-		cmds = append(cmds, cmd)
-		receiveAndDie(t, file)
-	}
-	denied := 0
-	seen := 0
-	done := serve(t.Context(), l, func(n *Notification) (bool, uint) {
-		if seen++; seen == 1 {
-			if denied, err = l.DenyOrphans(n.ID); err != nil {
-				t.Error(err)
-			}
-		}
-		return true, 0
-	})
-	if got := within(t, k.call(unix.SYS_GETUID), "a call"); got != 0 {
-		t.Error(got)
-	}
-	for i, cmd := range cmds {
-		if err := cmd.Wait(); cmd.ProcessState.ExitCode() != int(unix.EPERM) {
-			t.Errorf("child %d: %v", i, err)
-		}
-	}
-	k.end()
-	if err := within(t, done, "the end of Serve"); err != nil || denied != 3 || seen != 1 {
-		t.Errorf("%d denied, %d seen, %v", denied, seen, err)
-	}
-}
-
 // receiveAndDie runs a process that receives one call and ends.
 func receiveAndDie(t *testing.T, listener *os.File) {
 	t.Helper()

@@ -309,8 +309,8 @@ func (p *PhasePlan) Allows(phase string, abi ABI, name string, args [6]uint64) b
 
 // Tightens says whether one phase allows all that another does, calls, paths and
 // destinations: a switch from it to the other is one that a workload could be let make
-// by itself. Limits are not compared, and of destinations only the text: where it
-// isn't sure it says no.
+// by itself, if limits don't forbid it, which are not compared here. Of destinations only
+// the text is: where it isn't sure it says no.
 func (p *PhasePlan) Tightens(from, to string) bool {
 	a, b := p.phase(from), p.phase(to)
 	if a == nil || b == nil {

@@ -6,7 +6,10 @@ import (
 	"cmp"
 	"errors"
 	"maps"
+	"math"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/syslatch/syslatch/internal/policy"
 )
@@ -60,4 +63,60 @@ func over(base, phase policy.Limits) policy.Limits {
 		out.OOMScoreAdj = phase.OOMScoreAdj
 	}
 	return out
+}
+
+// Looser says whether a container would have more by an expectation than by what its file
+// holds now. Where it can't tell it says yes.
+func (e *Expectation) Looser(content string) bool {
+	now, ok := e.selectField(content)
+	if !ok {
+		return true
+	}
+	if e.met(now) {
+		return false
+	}
+	switch e.File {
+	case "memory.max", "memory.high", "memory.swap.max", "memory.low", "memory.min", "pids.max", "cpu.weight",
+		"memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.soft_limit_in_bytes", "cpu.cfs_quota_us", "cpu.shares":
+		is, ok1 := measure(now)
+		want, ok2 := measure(e.Want)
+		return !ok1 || !ok2 || want > is
+	case "cpu.max":
+		is, ok1 := share(now)
+		want, ok2 := share(e.Want)
+		return !ok1 || !ok2 || want > is
+	case "oom_score_adj": // the higher, the sooner it is killed
+		is, err1 := strconv.Atoi(now)
+		want, err2 := strconv.Atoi(e.Want)
+		return err1 != nil || err2 != nil || want < is
+	}
+	return true
+}
+
+// measure reads a number, or no limit as v1 and v2 write it.
+func measure(s string) (uint64, bool) {
+	if s == "max" || s == "-1" {
+		return math.MaxUint64, true
+	}
+	return memparse(s)
+}
+
+// share reads "QUOTA PERIOD" of cpu.max. The kernel's period is 100 ms if there is none.
+func share(s string) (float64, bool) {
+	words := strings.Fields(s)
+	if len(words) == 1 {
+		words = append(words, "100000")
+	}
+	if len(words) != 2 {
+		return 0, false
+	}
+	quota, ok := measure(words[0])
+	period, err := strconv.ParseUint(words[1], 10, 64)
+	if !ok || err != nil || period == 0 {
+		return 0, false
+	}
+	if quota == math.MaxUint64 {
+		return math.Inf(1), true
+	}
+	return float64(quota) / float64(period), true
 }

@@ -54,3 +54,46 @@ func TestPhaseLimits(t *testing.T) {
 		t.Errorf("unified on a hybrid host: %v", err)
 	}
 }
+
+// TestLooser: from inside, limits go one way.
+func TestLooser(t *testing.T) {
+	for _, tc := range []struct {
+		file, now, want string
+		rule            Rule
+		looser          bool
+	}{
+		{"memory.max", "67108864\n", "64M", RuleBytes, false},
+		{"memory.max", "67108864", "67108865", RuleBytes, false}, // the same page
+		{"memory.max", "67108864", "128M", RuleBytes, true},
+		{"memory.max", "max", "128M", RuleBytes, false},
+		{"memory.max", "67108864", "max", RuleBytes, true},
+		{"memory.limit_in_bytes", "9223372036854771712", "67108864", RuleBytes, false},
+		{"memory.limit_in_bytes", "67108864", "-1", RuleBytes, true},
+		{"memory.low", "0", "4096", RuleBytes, true}, // a guarantee
+		{"pids.max", "77", "76", RuleEqual, false},
+		{"pids.max", "77", "78", RuleEqual, true},
+		{"pids.max", "77", "max", RuleEqual, true},
+		{"cpu.max", "max 100000", "50000 100000", RuleEqual, false},
+		{"cpu.max", "50000 100000", "10000 20000", RuleEqual, false}, // another period, the same share
+		{"cpu.max", "50000 100000", "20000 20000", RuleEqual, true},
+		{"cpu.max", "50000 100000", "max 100000", RuleEqual, true},
+		{"cpu.max", "50000 100000", "50000", RuleEqual, false},
+		{"cpu.max", "50000 100000", "50000 0", RuleEqual, true},
+		{"cpu.weight", "100", "50", RuleEqual, false},
+		{"cpu.weight", "100", "200", RuleEqual, true},
+		{"cpu.cfs_quota_us", "-1", "50000", RuleEqual, false},
+		{"cpu.cfs_period_us", "100000", "200000", RuleEqual, true}, // of what quota?
+		{"oom_score_adj", "0", "500", RuleEqual, false},
+		{"oom_score_adj", "500", "0", RuleEqual, true},
+		{"io.max", "8:0 rbps=1", "8:0 rbps=2", RuleWords, true},
+		{"io.max", "8:0 rbps=1 wbps=max", "8:0 rbps=1", RuleWords, false},
+		{"hugetlb.2MB.max", "0", "0", RuleEqual, false},
+		{"hugetlb.2MB.max", "4", "0", RuleEqual, true}, // it isn't known what that means
+		{"pids.max", "?", "5", RuleEqual, true},
+	} {
+		e := Expectation{File: tc.file, Want: tc.want, Rule: tc.rule}
+		if got := e.Looser(tc.now); got != tc.looser {
+			t.Errorf("%s from %q to %q: looser is %v", tc.file, tc.now, tc.want, got)
+		}
+	}
+}

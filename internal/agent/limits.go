@@ -39,6 +39,22 @@ func (v *limitValue) of(e *adjust.Expectation) bool {
 	return v.Source == e.Source && v.Controller == e.Controller && v.File == e.File
 }
 
+func (v *limitValue) among(all []adjust.Expectation) bool {
+	return slices.ContainsFunc(all, func(e adjust.Expectation) bool { return v.of(&e) })
+}
+
+// todo is what is wanted, and what is put back because it isn't any more. The caller has
+// the turn.
+func (l *limits) todo(want []adjust.Expectation) []adjust.Expectation {
+	todo := slices.Clone(want)
+	for _, v := range l.original {
+		if !v.among(want) {
+			todo = append(todo, adjust.Expectation{Source: v.Source, Controller: v.Controller, File: v.File, Want: v.Content, Rule: adjust.RuleEqual})
+		}
+	}
+	return todo
+}
+
 // begin comes before all else.
 func (l *limits) begin(original []limitValue) {
 	l.turn, l.original, l.write = make(chan struct{}, 1), original, writeLimit
@@ -103,15 +119,7 @@ func (l *limits) set(ctx context.Context, h kernelHost, pid int, want []adjust.E
 		}
 		l.original = original
 	}
-	wanted := func(v limitValue) bool {
-		return slices.ContainsFunc(want, func(e adjust.Expectation) bool { return v.of(&e) })
-	}
-	todo := slices.Clone(want)
-	for _, v := range l.original {
-		if !wanted(v) {
-			todo = append(todo, adjust.Expectation{Source: v.Source, Controller: v.Controller, File: v.File, Want: v.Content, Rule: adjust.RuleEqual})
-		}
-	}
+	todo := l.todo(want)
 	write := func(e adjust.Expectation) error {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -137,7 +145,7 @@ func (l *limits) set(ctx context.Context, h kernelHost, pid int, want []adjust.E
 		return err
 	}
 	// What was put back may be changed by others from now on.
-	if back := slices.DeleteFunc(slices.Clone(l.original), func(v limitValue) bool { return !wanted(v) }); len(back) < len(l.original) {
+	if back := slices.DeleteFunc(slices.Clone(l.original), func(v limitValue) bool { return !v.among(want) }); len(back) < len(l.original) {
 		if err := keep(back); err != nil {
 			return err
 		}

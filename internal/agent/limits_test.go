@@ -20,20 +20,54 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
-// time, and is the last of its phase.
-func TestLimitsThatHang(t *testing.T) {
+// scored is an instance that runs, and whose phases have an oom_score_adj each, or none if
+// that is 0.
+func scored(t *testing.T, scores map[string]int) (*phasing, *instance) {
+	t.Helper()
 	g := newGroup(t)
 	pid, _ := occupy(t, g)
-	scores := map[string]int{"a": 100, "b": 200, "c": 300}
 	in := &instance{CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}
 	in.Container.ID, in.Container.PID = "c1", pid
 	in.Decision.Phases = &policy.Phases{}
 	for name, score := range scores {
-		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, policy.Phase{Phase: profiles.Phase{Name: name}, Limits: policy.Limits{OOMScoreAdj: &score}})
+		ph := policy.Phase{Phase: profiles.Phase{Name: name}}
+		if score != 0 {
+			ph.Limits.OOMScoreAdj = &score
+		}
+		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, ph)
 	}
-	p := &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}
 	in.limits.begin(nil)
+	return &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}, in
+}
+
+// TestLimitsFromInside: a container may not have itself switched to where it has more.
+func TestLimitsFromInside(t *testing.T) {
+	p, in := scored(t, map[string]int{"none": 0, "low": 300, "high": 600})
+	now := "none"
+	for _, tc := range []struct {
+		to      string
+		loosens bool
+	}{{"none", false}, {"low", false}, {"none", true}, {"high", false}, {"low", true}, {"none", true}} {
+		err := p.loosens(t.Context(), in, tc.to)
+		if (err != nil) != tc.loosens || err != nil && !strings.Contains(err.Error(), "oom_score_adj is") {
+			t.Errorf("from %s to %s: %v", now, tc.to, err)
+		}
+		if err != nil {
+			continue
+		}
+		if err := p.setLimits(t.Context(), in, tc.to); err != nil {
+			t.Fatal(err)
+		}
+		now = tc.to
+	}
+}
+
+// TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
+// time, and is the last of its phase.
+func TestLimitsThatHang(t *testing.T) {
+	scores := map[string]int{"a": 100, "b": 200, "c": 300}
+	p, in := scored(t, scores)
+	pid := in.Container.PID
 	var (
 		mu      sync.Mutex
 		written []string

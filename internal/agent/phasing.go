@@ -6,10 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -265,6 +267,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
 			}
 		},
+		Loosens:   func(ctx context.Context, name string) error { return p.loosens(ctx, in, name) },
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
 		Ratchet:   ratchet.put,
 		Enter:     ratchet.enter,
@@ -418,8 +421,7 @@ func (p *phasing) setLimits(ctx context.Context, in *instance, name string) erro
 }
 
 func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) error {
-	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
-	want, err := adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
+	want, err := limitsIn(in, name)
 	if err != nil {
 		return nil //nolint:nilerr // it is among the gaps
 	}
@@ -440,6 +442,35 @@ func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) e
 	}
 	return in.limits.set(ctx, p.kernel, pid, want, func(original []limitValue) error {
 		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
+	})
+}
+
+// limitsIn are the limits that an instance has in a phase.
+func limitsIn(in *instance, name string) ([]adjust.Expectation, error) {
+	i := slices.IndexFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return ph.Name == name })
+	return adjust.PhaseLimits(in.Decision.Limits, in.Decision.Phases.Phases[i].Limits, in.Phases.Runtime)
+}
+
+// loosens says of which limit an instance would have more in a phase than now.
+func (p *phasing) loosens(ctx context.Context, in *instance, name string) error {
+	want, err := limitsIn(in, name)
+	if err != nil {
+		return nil //nolint:nilerr // none is set then
+	}
+	p.a.mu.Lock()
+	pid := in.Container.PID
+	p.a.mu.Unlock()
+	return in.limits.within(ctx, p.a, func() error {
+		for _, e := range in.limits.todo(want) {
+			switch content, err := p.kernel.Read(pid, e); {
+			case e.Optional && errors.Is(err, fs.ErrNotExist):
+			case err != nil:
+				return err
+			case e.Looser(content):
+				return fmt.Errorf("%s is %.70q, and would be %.70q", e.File, strings.TrimSpace(content), e.Want)
+			}
+		}
+		return nil
 	})
 }
 

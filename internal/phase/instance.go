@@ -63,6 +63,9 @@ type Instance struct {
 	Ready func() error
 	// Began is told the first execve, once.
 	Began func()
+	// Loosens says of which limit a container would have more in a phase than now, by
+	// an error. It is asked where the container itself wants the switch.
+	Loosens func(ctx context.Context, phase string) error
 	// Limits sets what limits a phase has.
 	Limits func(ctx context.Context, phase string) error
 	// Ratchet puts an irreversible phase's filter on every task.
@@ -244,7 +247,7 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 	}
 	before := sv.Status()
 	from := before.Phase
-	if err := sv.may(before, to, o); err != nil {
+	if err := sv.may(ctx, before, to, o); err != nil {
 		if !errors.Is(err, ErrEnded) {
 			sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
 		}
@@ -307,7 +310,7 @@ func (sv *Supervised) prepare(to string, generation uint64) error {
 }
 
 // may says why a switch may not be.
-func (sv *Supervised) may(is Status, to string, o SetOptions) error {
+func (sv *Supervised) may(ctx context.Context, is Status, to string, o SetOptions) error {
 	from := is.Phase
 	refuse := func(why string) error { return &TransitionError{from, to, why, sv.next(from)} }
 	switch {
@@ -323,6 +326,11 @@ func (sv *Supervised) may(is Status, to string, o SetOptions) error {
 		return refuse("the policy doesn't lead there")
 	case o.Origin != Outside && !sv.in.Plan.Tightens(from, to):
 		return refuse("from inside only a phase that allows nothing more can follow")
+	}
+	if o.Origin != Outside && sv.in.Loosens != nil {
+		if err := sv.in.Loosens(ctx, to); err != nil {
+			return refuse("from inside no limit can be loosened: " + err.Error())
+		}
 	}
 	return nil
 }

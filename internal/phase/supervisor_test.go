@@ -334,6 +334,12 @@ func TestRefused(t *testing.T) {
 		t.Errorf("hooks failed: %+v, %v", st, err)
 	}
 	f.hookErr = nil
+	f.in.Loosens = func(_ context.Context, to string) error { return errors.New("pids.max of " + to) }
+	var refused *TransitionError
+	if _, err := f.to(t, "locked", SetOptions{Origin: Inside}); !errors.As(err, &refused) || !strings.Contains(err.Error(), "no limit can be loosened: pids.max of locked") {
+		t.Errorf("with looser limits, from inside: %v", err)
+	}
+	f.in.Loosens = nil
 	if _, err := f.to(t, "locked", SetOptions{Origin: Inside, Generation: 1}); err != nil {
 		t.Errorf("tighter from inside: %v", err)
 	}

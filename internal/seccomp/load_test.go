@@ -60,8 +60,8 @@ func TestMain(m *testing.M) {
 // helper reads a filter from standard input. "ask" loads it on one thread and
 // answers what each probe got before and after; "threads" loads it on all and
 // answers what another thread gets; "exec" executes its arguments under it,
-// "storm" does so under a storm of signals. "receive", "getuid" and
-// "block" are for other tests and read none.
+// "storm" does so under a storm of signals. "receive" and "block" are for other
+// tests and read none.
 func helper(mode string, args []string) error {
 	switch mode {
 	case "receive": // one call, of which nothing becomes
@@ -78,9 +78,6 @@ func helper(mode string, args []string) error {
 		}
 	case "block": // for TestBarrier
 		return block(os.Getenv("CALL"))
-	case "getuid": // exit with its errno
-		_, _, errno := unix.Syscall(unix.SYS_GETUID, 0, 0, 0)
-		os.Exit(int(errno))
 	}
 	raw, err := io.ReadAll(os.Stdin)
 	if err != nil {

@@ -24,9 +24,22 @@ const holderTime = 10 * time.Second
 // Each chain of filters has a thread that answers. An exec makes one, which lasts as
 // long as any of its processes.
 const (
+	ownChains    = 4    // of one container, however many others have
 	maxChains    = 128  // of one container
-	maxAllChains = 4096 // Go ends a program with 10000 threads
+	maxAllChains = 4096 // of all, beside those; Go ends a program with 10000 threads
 )
+
+// fits says no to one more chain of a container, given how many each has.
+func fits(chains map[string]int, id string) error {
+	all, n := 0, chains[id]
+	for _, c := range chains {
+		all += max(0, c-ownChains)
+	}
+	if n >= maxChains || n >= ownChains && all >= maxAllChains {
+		return fmt.Errorf("%d chains of filters of this container have processes, and %d of containers that have many (at most %d and %d): the exec that made this one fails", n, all, maxChains, maxAllChains)
+	}
+	return nil
+}
 
 // chain is a listener of a container, which the holder may have, too.
 type chain struct {
@@ -51,12 +64,12 @@ func (p *phasing) enter(id string, l *seccomp.Listener) (*chain, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.prune()
-	all := 0
-	for _, chains := range p.kept {
-		all += len(chains)
+	counts := map[string]int{}
+	for id, chains := range p.kept {
+		counts[id] = len(chains)
 	}
-	if n := len(p.kept[id]); n >= maxChains || all >= maxAllChains {
-		return nil, fmt.Errorf("%d chains of filters of this container have processes, %d of all (at most %d and %d): the exec that made this one fails", n, all, maxChains, maxAllChains)
+	if err := fits(counts, id); err != nil {
+		return nil, err
 	}
 	p.chains++
 	c := &chain{l, p, id, id + " " + strconv.FormatUint(p.chains, 10)}

@@ -259,19 +259,37 @@ const runPins = "/sys/fs/bpf/syslatch-run-"
 type runEnforcer struct {
 	*bpf.Enforcer
 	dir string
+	// alive is the cgroup's directory, locked while this process lives.
+	alive *os.File
 }
 
 // openEnforcer adds to a host what its kernel's programs can do for a run's cgroup.
 // Where there are none the error says why, and the host is without.
 func openEnforcer(host *profiles.PhaseHost, group *cgroup.Group) (*runEnforcer, error) {
 	removeStalePins()
+	alive, err := lockRun(group.Path())
+	if err != nil {
+		return nil, err
+	}
 	dir := runPins + strconv.FormatUint(group.ID(), 10)
 	e, err := bpf.OpenEnforcer(dir, bpf.EnforcerOptions{Instances: 1, Cgroups: 1024})
 	if err != nil {
-		return nil, errors.Join(err, removePins(dir))
+		return nil, errors.Join(err, removePins(dir), alive.Close())
 	}
 	can(host, e)
-	return &runEnforcer{e, dir}, nil
+	return &runEnforcer{e, dir, alive}, nil
+}
+
+// lockRun says by an error that the run which made a cgroup lives.
+func lockRun(cgroup string) (*os.File, error) {
+	f, err := os.Open(cgroup)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", cgroup, err), f.Close())
+	}
+	return f, nil
 }
 
 // removePins is for a directory that may not be there, or not be on a bpffs.
@@ -294,18 +312,27 @@ func removeStalePins() {
 		if err != nil {
 			continue
 		}
-		path, err := h.Path(id)
-		if err == nil {
-			now, cancel := context.WithCancel(context.Background())
-			cancel()
-			err = cgroup.WaitEmpty(now, path) // a look
-		} else if errors.Is(err, fs.ErrNotExist) {
-			err = nil
-		}
-		if err == nil {
+		if isStale(h, id) {
 			_ = bpf.RemoveEnforcer(dir) // or by the next run
 		}
 	}
+}
+
+// isStale says whether nothing is left of a run, by its cgroup's id.
+func isStale(h *cgroup.Hierarchy, id uint64) bool {
+	path, err := h.Path(id)
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	// Before its command is there a cgroup is empty, too.
+	alive, err := lockRun(path)
+	if err != nil {
+		return false
+	}
+	defer alive.Close()
+	now, cancel := context.WithCancel(context.Background())
+	cancel()
+	return cgroup.WaitEmpty(now, path) == nil // a look
 }
 
 // enforce puts a command's cgroup under a plan's hooks, from its execve on. With gaps,
@@ -330,7 +357,7 @@ func (e *runEnforcer) end() error {
 	if e == nil {
 		return nil
 	}
-	return errors.Join(e.Close(), bpf.RemoveEnforcer(e.dir))
+	return errors.Join(e.Close(), bpf.RemoveEnforcer(e.dir), e.alive.Close())
 }
 
 // phaseRules are a plan's rules in the words of package bpf.

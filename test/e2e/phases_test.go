@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/syslatch/syslatch/internal/phase"
@@ -255,6 +256,80 @@ func TestPhaseAtCreate(t *testing.T) {
 		}
 	} else if msg := createError(t, e, harness.PodOptions{}, sh(script)); !strings.Contains(msg, "can't be enforced on this host") || !strings.Contains(msg, "stay writable") {
 		t.Errorf("with gaps: %s", msg)
+	}
+}
+
+// blockingPolicy: what waits in accept is denied it by the second phase, and what waits in
+// read is not. A shell's wait takes @signal.
+const blockingPolicy = `
+- name: agent
+  match: {}
+  mode: enforce
+  phases:
+    initial: serving
+    gaps: report
+    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@signal", "@network"]}
+    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process", "@signal"], network: none}
+`
+
+// TestPhaseBlockedCalls: a call that has blocked before a switch, and that the new phase
+// doesn't allow, fails; one that it allows goes on.
+func TestPhaseBlockedCalls(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(blockingPolicy)
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	co := sh(`exec 3<>/t/fifo; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
+	co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
+	c := mustCreate(t, e, harness.PodOptions{}, co)
+	if err := c.Start(e.ctx); err != nil {
+		t.Fatal(err)
+	}
+	pid := pidOf(t, e, c)
+	// waits lists where its processes wait in the kernel, by pid: to have called accept is
+	// not enough, as the supervisor may still be asked.
+	waits := func() map[string]string {
+		out := map[string]string{}
+		for p := range strings.FieldsSeq(fileOf(t, pid, "pids", "cgroup.procs", "cgroup.procs")) {
+			data, _ := os.ReadFile("/proc/" + p + "/wchan") // it may have ended
+			out[p] = string(data)
+		}
+		return out
+	}
+	in := func(function string) (pid string) {
+		t.Helper()
+		if err := c.WaitLog(e.ctx, func(string) bool {
+			for p, where := range waits() {
+				if strings.Contains(where, function) {
+					pid = p
+				}
+			}
+			return pid != ""
+		}); err != nil {
+			t.Fatalf("none waits in %s: %v", function, waits())
+		}
+		return pid
+	}
+	in("inet_csk_")
+	reader := in("pipe_read")
+
+	e.setPhase(c.ID, "quiet")
+	says(t, e, c, "nc 1")
+	if log := c.Log(); log != "nc: accept: Operation not permitted\nnc 1\n" {
+		t.Errorf("what was in accept says %q", log)
+	}
+	d.waitLog("phase event", `"denied"`, "accept", c.ID)
+	if now := in("pipe_read"); now != reader {
+		t.Errorf("%s was in read, and now %s is", reader, now)
+	}
+	if err := os.WriteFile(fifo, []byte("goes on\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := c.Wait(e.ctx); err != nil || r.Code != 0 || !strings.HasSuffix(r.Log, "\nnc 1\ngoes on\nhead 0\n") {
+		t.Errorf("what was in read: %+v, %v", r, err)
 	}
 }
 

@@ -320,12 +320,18 @@ func (l *lockedBuffer) From(offset int) (text string, more <-chan struct{}) {
 // start starts syslatchd with policies and waits until containerd knows it.
 func (e *env) start(policies string) *daemon {
 	e.t.Helper()
+	return e.startFrom(filepath.Join(programs, "syslatchd"), policies)
+}
+
+// startFrom is start with the syslatchd at a path.
+func (e *env) startFrom(program, policies string) *daemon {
+	e.t.Helper()
 	path := filepath.Join(e.dir, "policy.yaml")
 	if err := os.WriteFile(path, []byte(e.policyFile(policies)), 0o600); err != nil {
 		e.t.Fatal(err)
 	}
 	d := &daemon{t: e.t, log: &lockedBuffer{}}
-	d.cmd = exec.Command(filepath.Join(programs, "syslatchd"), "--config", path, "--nri-socket", e.NRISocket, "--log-level", "debug", "--log-format", "json")
+	d.cmd = exec.Command(program, "--config", path, "--nri-socket", e.NRISocket, "--log-level", "debug", "--log-format", "json")
 	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
 	if err := d.cmd.Start(); err != nil {
 		e.t.Fatal(err)

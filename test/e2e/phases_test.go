@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/syslatch/syslatch/internal/phase"
@@ -171,6 +172,11 @@ func TestPhases(t *testing.T) {
 			e.setPhase(c.ID[:20], "network")
 			says(t, e, c, "read=ok write=EPERM kept="+kept+" connect=ok")
 			inPhase("denied")
+			e.setPhase(c.ID, "read_only")
+			says(t, e, c, "read=ok write=EPERM kept="+kept+" connect=EPERM")
+			inPhase("denied")
+			e.setPhase(c.ID, "network")
+			says(t, e, c, "read=ok write=EPERM kept="+kept+" connect=ok")
 			if got := fileOf(t, pid, "pids", "pids.max", "pids.max"); got != "max" {
 				t.Errorf("pids.max is %s again", got)
 			}
@@ -186,7 +192,7 @@ func TestPhases(t *testing.T) {
 			d.waitLog("phase event", `"switched"`, `"origin":"inside"`, c.ID)
 			says(t, e, c, "read=ok write=EPERM kept="+kept+" connect=EPERM")
 			st := e.phaseStatus(c.ID)
-			if st.State != phase.Holds || st.Generation != 4 || st.Denied == 0 || strings.Contains(strings.Join(st.Uncovered, "\n"), "stay writable") == harness.BPFLSM() {
+			if st.State != phase.Holds || st.Generation != 6 || st.Denied == 0 || strings.Contains(strings.Join(st.Uncovered, "\n"), "stay writable") == harness.BPFLSM() {
 				t.Errorf("%+v", st)
 			}
 			d.waitLog("phase event", `"denied"`, "SCMP_ARCH_X86_64", c.ID)
@@ -253,82 +259,185 @@ func TestPhaseAtCreate(t *testing.T) {
 	}
 }
 
-// TestPhasesOutliveTheDaemon: a syslatchd that is killed costs a container with phases
-// time, and nothing else, as long as the holder of its listener lives; without that,
-// what differs between phases is denied.
+// blockingPolicy: what waits in accept is denied it by the second phase, and what waits in
+// read is not. A shell's wait takes @signal.
+const blockingPolicy = `
+- name: agent
+  match: {}
+  mode: enforce
+  phases:
+    initial: serving
+    gaps: report
+    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@signal", "@network"]}
+    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process", "@signal"], network: none}
+`
+
+// TestPhaseBlockedCalls: a call that has blocked before a switch, and that the new phase
+// doesn't allow, fails; one that it allows goes on.
+func TestPhaseBlockedCalls(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(blockingPolicy)
+	dir := t.TempDir()
+	fifo := filepath.Join(dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	co := sh(`exec 3<>/t/fifo; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
+	co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
+	c := mustCreate(t, e, harness.PodOptions{}, co)
+	if err := c.Start(e.ctx); err != nil {
+		t.Fatal(err)
+	}
+	pid := pidOf(t, e, c)
+	// waits lists where its processes wait in the kernel, by pid: to have called accept is
+	// not enough, as the supervisor may still be asked.
+	waits := func() map[string]string {
+		out := map[string]string{}
+		for p := range strings.FieldsSeq(fileOf(t, pid, "pids", "cgroup.procs", "cgroup.procs")) {
+			data, _ := os.ReadFile("/proc/" + p + "/wchan") // it may have ended
+			out[p] = string(data)
+		}
+		return out
+	}
+	in := func(function string) (pid string) {
+		t.Helper()
+		if err := c.WaitLog(e.ctx, func(string) bool {
+			for p, where := range waits() {
+				if strings.Contains(where, function) {
+					pid = p
+				}
+			}
+			return pid != ""
+		}); err != nil {
+			t.Fatalf("none waits in %s: %v", function, waits())
+		}
+		return pid
+	}
+	in("inet_csk_")
+	reader := in("pipe_read")
+
+	e.setPhase(c.ID, "quiet")
+	says(t, e, c, "nc 1")
+	if log := c.Log(); log != "nc: accept: Operation not permitted\nnc 1\n" {
+		t.Errorf("what was in accept says %q", log)
+	}
+	d.waitLog("phase event", `"denied"`, "accept", c.ID)
+	if now := in("pipe_read"); now != reader {
+		t.Errorf("%s was in read, and now %s is", reader, now)
+	}
+	if err := os.WriteFile(fifo, []byte("goes on\n"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := c.Wait(e.ctx); err != nil || r.Code != 0 || !strings.HasSuffix(r.Log, "\nnc 1\ngoes on\nhead 0\n") {
+		t.Errorf("what was in read: %+v, %v", r, err)
+	}
+}
+
+// TestPhasesOutliveTheDaemon: a syslatchd that is killed, or that another takes the place
+// of, costs a container with phases time, and nothing else, as long as the holder of its
+// listener lives; without that, what differs between phases is denied.
 func TestPhasesOutliveTheDaemon(t *testing.T) {
 	e := newEnv(t, harness.Options{})
+	upgraded := filepath.Join(t.TempDir(), "syslatchd")
+	data, err := os.ReadFile(filepath.Join(programs, "syslatchd"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(upgraded, data, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	d := e.start(agentPolicy)
 	// Every round asks the supervisor, and ends with a line. Without a supervisor a
 	// fork fails, and ends the subshell.
 	const script = `(i=0; while sleep 0.02; do i=$((i+1)); if mkdir /tmp/$i; then echo $i made; else echo $i denied; fi; done); echo broken; while :; do :; done`
-	c := mustCreate(t, e, harness.PodOptions{Annotations: map[string]string{"phase.syslatch.dev/pod": "write_logs"}}, sh(script))
-	if err := c.Start(e.ctx); err != nil {
-		t.Fatal(err)
+	type end struct {
+		phase  string
+		signal syscall.Signal // SIGTERM: the next is the upgraded one
 	}
-	lines := func() int { return strings.Count(c.Log(), "\n") }
-	goesOn := func(with string) {
-		t.Helper()
-		from := lines()
-		if err := c.WaitLog(e.ctx, func(log string) bool {
-			all := strings.Split(strings.TrimSpace(log), "\n")
-			return len(all) > from+5 && strings.HasSuffix(all[len(all)-1], with)
-		}); err != nil {
-			t.Fatalf("doesn't go on, %s: %v\n%.300s", with, err, c.Log())
-		}
-	}
-	goesOn("made")
-	for _, name := range []string{"write_logs", "read_only"} {
-		e.setPhase(c.ID, name)
-		want := map[string]string{"write_logs": "made", "read_only": "denied"}[name]
-		goesOn(want)
-		d.kill(syscall.SIGKILL)
-		waits := pidOf(t, e, c)
-		d = e.start(agentPolicy)
-		goesOn(want)
-		d.waitLog("phase event", `"resumed"`, c.ID)
-		if strings.Contains(d.log.String(), `"begun"`) {
-			t.Error("the container has begun once more")
-		}
-		if st := e.phaseStatus(c.ID); st.Phase != name || st.State != phase.Holds {
-			t.Errorf("after a kill: %+v", st)
-		}
-		if pid := pidOf(t, e, c); pid != waits {
-			t.Errorf("pid was %d, is %d", waits, pid)
-		}
-	}
-	// Nothing was answered twice, and nothing denied that the phase allows.
-	denied := false
-	round := 0
-	for line := range strings.Lines(c.Log()) {
-		if strings.HasPrefix(line, "mkdir: ") {
-			continue // why not
-		}
-		round++
-		word, ok := strings.CutPrefix(strings.TrimSpace(line), fmt.Sprintf("%d ", round))
-		switch {
-		case !ok, word == "made" && denied, word != "made" && word != "denied":
-			t.Fatalf("round %d is %q", round, line)
-		case word == "denied":
-			denied = true // and not made again
-		}
-	}
+	for _, test := range []struct {
+		runtime string
+		ends    []end
+	}{
+		{harness.Runc11, []end{{"write_logs", syscall.SIGKILL}, {"read_only", syscall.SIGTERM}}},
+		{harness.Runc15, []end{{"write_logs", syscall.SIGTERM}, {"read_only", syscall.SIGKILL}}},
+	} {
+		t.Run(test.runtime, func(t *testing.T) {
+			c := mustCreate(t, e, harness.PodOptions{Runtime: test.runtime, Annotations: map[string]string{"phase.syslatch.dev/pod": "write_logs"}}, sh(script))
+			if err := c.Start(e.ctx); err != nil {
+				t.Fatal(err)
+			}
+			lines := func() int { return strings.Count(c.Log(), "\n") }
+			goesOn := func(with string) {
+				t.Helper()
+				from := lines()
+				if err := c.WaitLog(e.ctx, func(log string) bool {
+					all := strings.Split(strings.TrimSpace(log), "\n")
+					return len(all) > from+5 && strings.HasSuffix(all[len(all)-1], with)
+				}); err != nil {
+					t.Fatalf("doesn't go on, %s: %v\n%.300s", with, err, c.Log())
+				}
+			}
+			goesOn("made")
+			for _, end := range test.ends {
+				e.setPhase(c.ID, end.phase)
+				want := map[string]string{"write_logs": "made", "read_only": "denied"}[end.phase]
+				goesOn(want)
+				d.kill(end.signal)
+				waits := pidOf(t, e, c)
+				if end.signal == syscall.SIGTERM {
+					d = e.startFrom(upgraded, agentPolicy)
+				} else {
+					d = e.start(agentPolicy)
+				}
+				goesOn(want)
+				d.waitLog("phase event", `"resumed"`, c.ID)
+				if strings.Contains(d.log.String(), `"begun"`) {
+					t.Error("the container has begun once more")
+				}
+				if st := e.phaseStatus(c.ID); st.Phase != end.phase || st.State != phase.Holds {
+					t.Errorf("after %v: %+v", end.signal, st)
+				}
+				if pid := pidOf(t, e, c); pid != waits {
+					t.Errorf("pid was %d, is %d", waits, pid)
+				}
+			}
+			// Nothing was answered twice, and nothing denied that the phase allows.
+			denied := false
+			round := 0
+			for line := range strings.Lines(c.Log()) {
+				if strings.HasPrefix(line, "mkdir: ") {
+					continue // why not
+				}
+				round++
+				word, ok := strings.CutPrefix(strings.TrimSpace(line), fmt.Sprintf("%d ", round))
+				switch {
+				case !ok, word == "made" && denied, word != "made" && word != "denied":
+					t.Fatalf("round %d is %q", round, line)
+				case word == "denied":
+					denied = true // and not made again
+				}
+			}
 
-	holder := e.holder()
-	d.kill(syscall.SIGKILL)
-	if err := syscall.Kill(holder, syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	// What the fork's failure says may come before or behind it.
-	if err := c.WaitLog(e.ctx, func(log string) bool { return strings.Contains(log, "\nbroken\n") }); err != nil {
-		t.Fatalf("goes on without a supervisor: %v\n%s", err, c.Log())
-	}
-	e.start(agentPolicy)
-	if st := e.phaseStatus(c.ID); st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "ENOSYS") {
-		t.Errorf("without a holder: %+v", st)
-	}
-	if out, code := e.syslatch("verify", c.ID); code != 4 || !strings.Contains(out, "degraded") {
-		t.Errorf("verify: exit status %d: %s", code, out)
+			holder := e.holder()
+			d.kill(syscall.SIGKILL)
+			if err := syscall.Kill(holder, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			// What the fork's failure says may come before or behind it.
+			if err := c.WaitLog(e.ctx, func(log string) bool { return strings.Contains(log, "\nbroken\n") }); err != nil {
+				t.Fatalf("goes on without a supervisor: %v\n%s", err, c.Log())
+			}
+			d = e.start(agentPolicy)
+			if st := e.phaseStatus(c.ID); st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "ENOSYS") {
+				t.Errorf("without a holder: %+v", st)
+			}
+			if out, code := e.syslatch("verify", c.ID); code != 4 || !strings.Contains(out, "degraded") {
+				t.Errorf("verify: exit status %d: %s", code, out)
+			}
+			if err := c.Stop(e.ctx, 0); err != nil { // it keeps a processor busy
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -62,64 +62,68 @@ func TestRatchet(t *testing.T) {
 	e := newEnv(t, harness.Options{})
 	d := e.start(ratchetPolicy)
 	const script = `loop() { while sleep 0.05; do if [ -e /bin ]; then echo $1 in; else echo $1 out; fi; done; }; loop b & loop a`
-	c := mustCreate(t, e, harness.PodOptions{}, sh(script))
-	if err := c.Start(e.ctx); err != nil {
-		t.Fatal(err)
-	}
-	both := func(want string) {
-		t.Helper()
-		from := strings.Count(c.Log(), "\n")
-		if err := c.WaitLog(e.ctx, func(log string) bool {
-			lines := strings.Split(log, "\n")
-			now := "\n" + strings.Join(lines[min(from, len(lines)):], "\n")
-			return strings.Contains(now, "\na "+want+"\n") && strings.Contains(now, "\nb "+want+"\n")
-		}); err != nil {
-			t.Fatalf("never both %s: %v\n%.500s", want, err, c.Log())
-		}
-	}
-	execs := func(want string) {
-		t.Helper()
-		r, err := c.Exec(e.ctx, "/bin/sh", "-c", "[ -e /bin ] && echo in || echo out")
-		if err != nil || r.Log != want+"\n" {
-			t.Errorf("an exec: %+v, %v; want %s", r, err, want)
-		}
-	}
-	both("in")
-	execs("in")
-	pid := pidOf(t, e, c)
-	base := filtersOf(t, pid)
-	if len(base) != 1 {
-		t.Fatalf("filters: %v", base)
-	}
-	oneMore := func(when string) {
-		t.Helper()
-		now := filtersOf(t, pid)
-		for n := range base {
-			if len(now) != 1 || now[n+1] < 2 {
-				t.Errorf("%s: filters %v before, %v now", when, base, now)
+	for _, runtime := range []string{harness.Runc11, harness.Runc15} {
+		t.Run(runtime, func(t *testing.T) {
+			c := mustCreate(t, e, harness.PodOptions{Runtime: runtime}, sh(script))
+			if err := c.Start(e.ctx); err != nil {
+				t.Fatal(err)
 			}
-		}
-	}
-	e.setPhase(c.ID, "locked")
-	oneMore("locked")
-	both("out")
-	execs("out")
-	oneMore("after an exec")
-	if st := e.phaseStatus(c.ID); st.State != phase.Holds || len(st.Uncovered) > 0 && strings.Contains(fmt.Sprint(st.Uncovered), "supervisor says so") {
-		t.Errorf("%+v", st)
-	}
-	if out, code := e.phase("set", c.ID, "work"); code != 3 {
-		t.Errorf("out of it: exit status %d: %s", code, out)
-	}
-	d.kill(syscall.SIGKILL)
-	oneMore("without a syslatchd")
-	d = e.start(ratchetPolicy)
-	d.waitLog("the phase's own filter was put on processes", `"processes":0`, c.ID)
-	both("out")
-	execs("out")
-	oneMore("with another")
-	if err := c.Stop(e.ctx, 0); err != nil {
-		t.Error(err)
+			both := func(want string) {
+				t.Helper()
+				from := strings.Count(c.Log(), "\n")
+				if err := c.WaitLog(e.ctx, func(log string) bool {
+					lines := strings.Split(log, "\n")
+					now := "\n" + strings.Join(lines[min(from, len(lines)):], "\n")
+					return strings.Contains(now, "\na "+want+"\n") && strings.Contains(now, "\nb "+want+"\n")
+				}); err != nil {
+					t.Fatalf("never both %s: %v\n%.500s", want, err, c.Log())
+				}
+			}
+			execs := func(want string) {
+				t.Helper()
+				r, err := c.Exec(e.ctx, "/bin/sh", "-c", "[ -e /bin ] && echo in || echo out")
+				if err != nil || r.Log != want+"\n" {
+					t.Errorf("an exec: %+v, %v; want %s", r, err, want)
+				}
+			}
+			both("in")
+			execs("in")
+			pid := pidOf(t, e, c)
+			base := filtersOf(t, pid)
+			if len(base) != 1 {
+				t.Fatalf("filters: %v", base)
+			}
+			oneMore := func(when string) {
+				t.Helper()
+				now := filtersOf(t, pid)
+				for n := range base {
+					if len(now) != 1 || now[n+1] < 2 {
+						t.Errorf("%s: filters %v before, %v now", when, base, now)
+					}
+				}
+			}
+			e.setPhase(c.ID, "locked")
+			oneMore("locked")
+			both("out")
+			execs("out")
+			oneMore("after an exec")
+			if st := e.phaseStatus(c.ID); st.State != phase.Holds || len(st.Uncovered) > 0 && strings.Contains(fmt.Sprint(st.Uncovered), "supervisor says so") {
+				t.Errorf("%+v", st)
+			}
+			if out, code := e.phase("set", c.ID, "work"); code != 3 {
+				t.Errorf("out of it: exit status %d: %s", code, out)
+			}
+			d.kill(syscall.SIGKILL)
+			oneMore("without a syslatchd")
+			d = e.start(ratchetPolicy)
+			d.waitLog("the phase's own filter was put on processes", `"processes":0`, c.ID)
+			both("out")
+			execs("out")
+			oneMore("with another")
+			if err := c.Stop(e.ctx, 0); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

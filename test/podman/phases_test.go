@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -263,7 +264,7 @@ func TestPhases(t *testing.T) {
 	each(t, func(t *testing.T, runtime string) {
 		e := newEnv(t, runtime, "", phased)
 		d := e.startDaemon()
-		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		s := e.shell(runArgs("agent", []string{"--interactive", "--network", "host"}, "sh")...)
 		s.makes(false)
 		id := e.inspect("agent", "{{.Id}}")
 		execs := 0
@@ -282,13 +283,34 @@ func TestPhases(t *testing.T) {
 				t.Errorf("%+v, want %s, generation %d", st, name, generation)
 			}
 		}
+		server, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer server.Close()
+		go func() {
+			for conn, err := server.Accept(); err == nil; conn, err = server.Accept() {
+				conn.Close()
+			}
+		}()
+		connects := func(want bool) {
+			t.Helper()
+			if got := s.status("nc " + strings.Replace(server.Addr().String(), ":", " ", 1) + " </dev/null"); (got == "0") != want {
+				t.Errorf("connect: exit status %s, want it to succeed: %v", got, want)
+			}
+		}
 		holds("read_only", 1)
 		inExec(false)
+		connects(false)
+		e.phase("set", id, "network")
+		connects(true)
+		s.makes(false)
 		if got := s.status("test -S /run/syslatch/phase.sock"); got != "0" {
 			t.Errorf("the container has no socket of its own: exit status %s", got)
 		}
 		e.phase("set", id[:12], "write_logs")
 		s.makes(true)
+		connects(false)
 		inExec(true)
 		// What is open for writing is a BPF program's matter.
 		kept := func(want bool) {
@@ -319,13 +341,13 @@ func TestPhases(t *testing.T) {
 
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
-		holds("read_only", 3)
+		holds("read_only", 4)
 		s.makes(false)
 		kept(!lsm)
 		e.phase("set", id, "write_logs")
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
-		holds("write_logs", 4)
+		holds("write_logs", 5)
 		s.makes(true)
 		kept(true)
 		inExec(true)

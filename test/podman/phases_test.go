@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -466,6 +467,70 @@ func (e *env) oomScore(name string) int {
 		e.t.Fatal(err)
 	}
 	return n
+}
+
+// An irreversible phase is a filter on all that runs in a container, and on what podman
+// exec brings in. Until then nobody is asked about mkdir, so nothing else denies it.
+func TestRatchet(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", `
+- name: agent
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  annotations: [phase]
+  phases:
+    initial: work
+    gaps: report
+    work: {allow: ["@file-read", "@basic-io", "@process", mkdir]}
+    locked: {allow: ["@basic-io", "@process"], irreversible: true}
+`)
+		e.startDaemon("ratchet.conf")
+		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		s.makes(true)
+		if got := s.status("{ sleep 1000 & }"); got != "0" {
+			t.Errorf("a second process: exit status %s", got)
+		}
+		id := e.inspect("agent", "{{.Id}}")
+		filters := func() (all []int) {
+			t.Helper()
+			for pid := range strings.FieldsSeq(e.podman("top", "agent", "hpid")) {
+				n, err := strconv.Atoi(pid)
+				if err != nil {
+					continue // the heading
+				}
+				st, err := cgroup.Status(n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, st.SeccompFilters)
+			}
+			return all
+		}
+		before := filters()
+		e.phase("set", id, "locked", "--timeout", "30s")
+		s.makes(false)
+		if now := filters(); len(before) != 2 || !slices.Equal(now, []int{before[0] + 1, before[1] + 1}) {
+			t.Errorf("filters: %v before, %v now", before, now)
+		}
+		if st := e.phaseStatus(id); st.State != phase.Holds || strings.Contains(fmt.Sprint(st.Uncovered), "supervisor says so") {
+			t.Errorf("%+v", st)
+		}
+		const makes = "mkdir /tmp/x && echo made; echo done"
+		denied := func(r result, err error) {
+			t.Helper()
+			if err != nil || r.stdout != "done\n" || !strings.Contains(r.stderr, "Operation not permitted") {
+				t.Errorf("mkdir: %+v, %v", r, err)
+			}
+		}
+		denied(podman(e.ctx, e.conf, "exec", "agent", "sh", "-c", makes))
+		e.phaseFails(3, "locked", "set", id, "work")
+		s.makes(false)
+		s.end()
+		denied(e.run("begun", []string{"--annotation", "syslatch.dev/phase=locked"}, "sh", "-c", makes), nil)
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.idle()
+	})
 }
 
 // A container with phases starts in the one that it is to start in, and only where

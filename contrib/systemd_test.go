@@ -101,6 +101,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 	for name, source := range map[string]string{
 		"syslatchd": filepath.Join(bin, "syslatchd"), "syslatch-hook": filepath.Join(bin, "syslatch-hook"), "syslatch": filepath.Join(bin, "syslatch"), "contrib.test": self,
 		"syslatchd.service": "systemd/syslatchd.service", "phases.conf": "systemd/phases.conf", "ratchet.conf": "systemd/ratchet.conf",
+		"oom-score.conf": "systemd/oom-score.conf",
 	} {
 		if out, err := exec.Command("cp", source, filepath.Join(files, name)).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -160,6 +161,7 @@ policies:
     gaps: report
     read_only: {allow: ["@file-read", "@basic-io", "@info", "@process"]}
     write: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process"], limits: {pids: {max: 44}}}
+    scored: {allow: ["@file-read", "@basic-io", "@info", "@process"], limits: {oomScoreAdj: 500}}
     locked: {allow: ["@basic-io", "@process"], irreversible: true}
 - name: all
   match: {namespaces: [demo]}
@@ -259,14 +261,15 @@ func testInside(t *testing.T) {
 }
 
 // phases: with the drop-in, a container's phase is switched, and outlives a killed
-// syslatchd. With another, an irreversible one is a filter of its own.
+// syslatchd. With others, an irreversible one is a filter of its own, and what isn't
+// root's gets an oom_score_adj.
 func phases(t *testing.T, h *harness.Host) {
 	t.Helper()
 	ctx := t.Context()
 	started := 2
-	dropIn := func(name string) {
+	dropIn := func(names ...string) {
 		t.Helper()
-		if out, err := exec.Command("cp", name, "/run/systemd/system/syslatchd.service.d/").CombinedOutput(); err != nil {
+		if out, err := exec.Command("cp", append(names, "/run/systemd/system/syslatchd.service.d/")...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
 		}
 		systemctl(t, "daemon-reload")
@@ -280,9 +283,9 @@ func phases(t *testing.T, h *harness.Host) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c, err := pod.Create(ctx, harness.ContainerOptions{Command: []string{
+		c, err := pod.Create(ctx, harness.ContainerOptions{User: 65534, Command: []string{
 			"/bin/sh", "-c",
-			"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /tmp/$i; then echo made; else echo denied; fi; done",
+			"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /dev/shm/$i; then echo made; else echo denied; fi; done",
 		}})
 		if err == nil {
 			err = c.Start(ctx)
@@ -323,6 +326,9 @@ func phases(t *testing.T, h *harness.Host) {
 	started++
 	awaitLog(t, "msg=synchronized", started)
 	says(c, "made")
+	if out, err := exec.Command("./syslatch", "phase", "set", c.ID, "scored", "--timeout", "30s").CombinedOutput(); err == nil || !strings.Contains(string(out), "oom-score.conf") {
+		t.Errorf("oomScoreAdj without its drop-in: %v: %s", err, out)
+	}
 	set(c, "read_only")
 	says(c, "denied")
 	set(c, "locked")
@@ -333,9 +339,10 @@ func phases(t *testing.T, h *harness.Host) {
 	if err := c.Stop(ctx, 0); err != nil {
 		t.Error(err)
 	}
-	dropIn("ratchet.conf")
+	dropIn("ratchet.conf", "oom-score.conf")
 	c = create()
 	says(c, "denied")
+	set(c, "scored")
 	set(c, "locked")
 	says(c, "denied")
 	if gap(c) {

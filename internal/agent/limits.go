@@ -235,7 +235,7 @@ func writeScores(h kernelHost, p *cgroup.Process, want string) error {
 				is, err := os.ReadFile(path)
 				if err == nil && strings.TrimSpace(string(is)) != want {
 					changed = true
-					err = writeFile(path, want)
+					err = scoreError(writeFile(path, want))
 				}
 				if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
 					return err
@@ -247,4 +247,19 @@ func writeScores(h kernelHost, p *cgroup.Process, want string) error {
 		}
 	}
 	return fmt.Errorf("oom_score_adj: processes with another value kept coming in %d rounds", rounds)
+}
+
+// scoreError says what a write to oom_score_adj lacks. The file is the user's that the
+// process runs as; a value below the last that was written with CAP_SYS_RESOURCE takes
+// that itself (oom_score_adj_min in fs/proc/base.c).
+func scoreError(err error) error {
+	lacks := "CAP_SYS_RESOURCE for a value as low"
+	var at *fs.PathError
+	switch {
+	case !errors.Is(err, unix.EACCES):
+		return err
+	case errors.As(err, &at) && at.Op == "open":
+		lacks = "CAP_DAC_OVERRIDE for a process that isn't root's"
+	}
+	return fmt.Errorf("%w: it takes %s (contrib/systemd/oom-score.conf)", err, lacks)
 }

@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
@@ -114,5 +116,34 @@ func TestLimitsThatHang(t *testing.T) {
 	defer mu.Unlock()
 	if diff := cmp.Diff([]string{"100", "300"}, slices.Clone(written)); diff != "" {
 		t.Errorf("written: %s", diff)
+	}
+}
+
+// TestScoreTakesCapability: what a write to oom_score_adj lacks is told with its remedy.
+func TestScoreTakesCapability(t *testing.T) {
+	g := newGroup(t)
+	pid, _ := occupy(t, g)
+	p, err := cgroup.OpenProcess(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	kernel, answer := detect(t), make(chan error)
+	go func() {
+		runtime.LockOSThread() // for good: the thread ends with this goroutine
+		hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		err := unix.Capget(&hdr, &caps[0])
+		caps[0].Effective &^= 1 << unix.CAP_SYS_RESOURCE
+		if err == nil {
+			err = unix.Capset(&hdr, &caps[0])
+		}
+		if err == nil {
+			err = writeScores(kernel, p, "-1000")
+		}
+		answer <- err
+	}()
+	if err := <-answer; !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), "CAP_SYS_RESOURCE for a value as low (contrib/systemd/oom-score.conf)") {
+		t.Error(err)
 	}
 }

@@ -103,6 +103,7 @@ type ContainerOptions struct {
 	Confined   bool
 	NoNewPrivs bool
 	Privileged bool
+	User       int64 // root, if 0
 	Mounts     []*runtimeapi.Mount
 	SharedPID  bool // in the sandbox's pid namespace; the pod has to be SharedPID, too
 }
@@ -145,6 +146,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
 				NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE, Pid: pid},
 				Seccomp:          seccomp, NoNewPrivs: o.NoNewPrivs, Privileged: o.Privileged,
+				RunAsUser: &runtimeapi.Int64Value{Value: o.User},
 			},
 		},
 	}

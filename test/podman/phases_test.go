@@ -7,21 +7,26 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/syslatch/syslatch/internal/adjust"
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/test/harness"
 )
 
-// phased are the phases of containers that first read, and then write. Limits of
-// cgroups need v2 here, as podman's own do.
+// phased are the phases of containers that first read, and then write.
 const phased = `
 - name: plain
   match: {containers: [plain]}
@@ -54,16 +59,28 @@ type daemon struct {
 	log string
 }
 
-// startDaemon starts syslatchd and waits until it serves phases.
-func (e *env) startDaemon() *daemon {
+// startDaemon starts syslatchd, with no more capabilities than the systemd unit and its
+// drop-ins leave it (phases.conf, and those named), and waits until it serves phases.
+func (e *env) startDaemon(dropIns ...string) *daemon {
 	e.t.Helper()
 	f, err := os.CreateTemp(e.dir, "syslatchd-")
 	if err != nil {
 		e.t.Fatal(err)
 	}
 	defer f.Close()
-	// With no more capabilities than the systemd unit and its drop-in leave it.
-	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set=-all,+bpf,+perfmon,+net_admin", "--inh-caps=-all", "--no-new-privs",
+	bounding := "-all"
+	for _, name := range append(dropIns, "syslatchd.service", "phases.conf") {
+		text, err := os.ReadFile("../../contrib/systemd/" + name)
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if names, ok := strings.CutPrefix(line, "CapabilityBoundingSet="); ok {
+				bounding += strings.ToLower(strings.ReplaceAll(" "+strings.TrimSpace(names), " CAP_", ",+"))
+			}
+		}
+	}
+	d := &daemon{e: e, log: f.Name(), cmd: exec.Command("setpriv", "--bounding-set="+bounding, "--inh-caps=-all", "--no-new-privs",
 		filepath.Join(programs, "syslatchd"), "--config", e.policy, "--nri-socket", e.dir+"/none.sock", "--log-format", "json")}
 	d.cmd.Stdout, d.cmd.Stderr = f, f
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -119,9 +136,22 @@ func (d *daemon) kill(sig syscall.Signal) {
 // phase runs `syslatch phase`.
 func (e *env) phase(args ...string) string {
 	e.t.Helper()
+	return e.must(e.phaseCommand(args...).CombinedOutput())
+}
+
+// phaseFails wants an exit status of `syslatch phase`, and what it says.
+func (e *env) phaseFails(code int, says string, args ...string) {
+	e.t.Helper()
+	cmd := e.phaseCommand(args...)
+	if out, err := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != code || !strings.Contains(string(out), says) {
+		e.t.Errorf("phase %q: %v: %s; want exit status %d, %q", args, err, out, code, says)
+	}
+}
+
+func (e *env) phaseCommand(args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(e.ctx, filepath.Join(programs, "syslatch"), append([]string{"phase"}, args...)...)
 	cmd.Env = append(os.Environ(), "SYSLATCH_SOCKET="+e.dir+"/state/api.sock")
-	return e.must(cmd.CombinedOutput())
+	return cmd
 }
 
 func (e *env) phaseStatus(id string) phase.Status {
@@ -235,7 +265,7 @@ func TestPhases(t *testing.T) {
 	each(t, func(t *testing.T, runtime string) {
 		e := newEnv(t, runtime, "", phased)
 		d := e.startDaemon()
-		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		s := e.shell(runArgs("agent", []string{"--interactive", "--network", "host"}, "sh")...)
 		s.makes(false)
 		id := e.inspect("agent", "{{.Id}}")
 		execs := 0
@@ -254,13 +284,34 @@ func TestPhases(t *testing.T) {
 				t.Errorf("%+v, want %s, generation %d", st, name, generation)
 			}
 		}
+		server, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer server.Close()
+		go func() {
+			for conn, err := server.Accept(); err == nil; conn, err = server.Accept() {
+				conn.Close()
+			}
+		}()
+		connects := func(want bool) {
+			t.Helper()
+			if got := s.status("nc " + strings.Replace(server.Addr().String(), ":", " ", 1) + " </dev/null"); (got == "0") != want {
+				t.Errorf("connect: exit status %s, want it to succeed: %v", got, want)
+			}
+		}
 		holds("read_only", 1)
 		inExec(false)
+		connects(false)
+		e.phase("set", id, "network")
+		connects(true)
+		s.makes(false)
 		if got := s.status("test -S /run/syslatch/phase.sock"); got != "0" {
 			t.Errorf("the container has no socket of its own: exit status %s", got)
 		}
 		e.phase("set", id[:12], "write_logs")
 		s.makes(true)
+		connects(false)
 		inExec(true)
 		// What is open for writing is a BPF program's matter.
 		kept := func(want bool) {
@@ -291,13 +342,13 @@ func TestPhases(t *testing.T) {
 
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
-		holds("read_only", 3)
+		holds("read_only", 4)
 		s.makes(false)
 		kept(!lsm)
 		e.phase("set", id, "write_logs")
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
-		holds("write_logs", 4)
+		holds("write_logs", 5)
 		s.makes(true)
 		kept(true)
 		inExec(true)
@@ -322,39 +373,81 @@ func TestPhases(t *testing.T) {
 	})
 }
 
-// Phases that differ in limits alone have no listener, and are switched as well.
+// Phases that differ in limits alone have no listener, and are switched as well. What
+// runs as another user than root takes a drop-in of its own.
 func TestPhasesOfLimits(t *testing.T) {
 	each(t, func(t *testing.T, runtime string) {
-		e := newEnv(t, runtime, "", `
+		high, idle := "", []string{"700", "536870912", "150000", fmt.Sprint(adjust.WeightToShares(50))}
+		files := [][3]string{{"memory", "memory.max", "memory.limit_in_bytes"}, {"cpu", "cpu.max", "cpu.cfs_quota_us"}, {"cpu", "cpu.weight", "cpu.shares"}}
+		if hierarchy.Mode == cgroup.V2 {
+			high, idle = ", high: 256Mi", []string{"700", "536870912", "150000 100000", "50", "268435456"}
+			files = append(files, [3]string{"memory", "memory.high"})
+		}
+		e := newEnv(t, runtime, "", fmt.Sprintf(`
 - name: limits
   match: {}
   mode: enforce
   existingProfile: replace
   phases:
     initial: busy
-    busy: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 300}}
-    idle: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 700}}
-`)
-		d := e.startDaemon()
-		if r := e.run("agent", []string{"--detach"}, "sleep", "1000"); r.code != 0 {
+    gaps: report
+    busy: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 300, memory: {max: 384Mi}}}
+    idle: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: 700, memory: {max: 512Mi%s}, cpu: {max: "150%%", weight: 50}}}
+    low: {allow: ["@file-read", "@info", "@process"], limits: {oomScoreAdj: -100}}
+`, high))
+		d := e.startDaemon("oom-score.conf")
+		if r := e.run("agent", []string{"--detach", "--user", "65534"}, "sleep", "1000"); r.code != 0 {
 			t.Fatalf("%+v", r)
 		}
-		if got := e.oomScore("agent"); got != 300 {
-			t.Errorf("oom_score_adj is %d", got)
+		pid, err := strconv.Atoi(e.inspect("agent", "{{.State.Pid}}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		limits := func() []string {
+			t.Helper()
+			all := []string{fmt.Sprint(e.oomScore("agent"))}
+			for _, f := range files {
+				content, _, err := hierarchy.ReadController(pid, f[0], f[1], f[2])
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, content)
+			}
+			return all
+		}
+		has := func(want []string) {
+			t.Helper()
+			if diff := cmp.Diff(want, limits()); diff != "" {
+				t.Errorf("limits: %s", diff)
+			}
+		}
+		busy := limits()
+		if busy[0] != "300" || busy[1] != "402653184" {
+			t.Errorf("at the start: %q", busy)
 		}
 		id := e.inspect("agent", "{{.Id}}")
 		e.phase("set", id, "idle")
-		if got := e.oomScore("agent"); got != 700 {
-			t.Errorf("oom_score_adj is %d", got)
-		}
+		has(idle)
 		d.kill(syscall.SIGKILL)
 		d = e.startDaemon()
 		if st := e.phaseStatus(id); st.Phase != "idle" || st.State != phase.Holds {
 			t.Errorf("%+v", st)
 		}
+		e.phaseFails(4, "CAP_DAC_OVERRIDE for a process that isn't root's (contrib/systemd/oom-score.conf)", "set", id, "busy")
+		has(append([]string{"700"}, busy[1:]...)) // all that can be is set
+		d.kill(syscall.SIGTERM)
+		d = e.startDaemon("oom-score.conf")
 		e.phase("set", id, "busy")
-		if got := e.oomScore("agent"); got != 300 {
-			t.Errorf("oom_score_adj is %d", got)
+		has(busy)
+		own, err := cgroup.Status(os.Getpid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if own.Capabilities&(1<<unix.CAP_SYS_RESOURCE) != 0 { // it is a gap, if not
+			e.phase("set", id, "low")
+			if got := e.oomScore("agent"); got != -100 {
+				t.Errorf("oom_score_adj is %d", got)
+			}
 		}
 		e.podman("rm", "--force", "--time", "0", "agent")
 		d.wait("phase event", `"ended"`, id)
@@ -374,6 +467,70 @@ func (e *env) oomScore(name string) int {
 		e.t.Fatal(err)
 	}
 	return n
+}
+
+// An irreversible phase is a filter on all that runs in a container, and on what podman
+// exec brings in. Until then nobody is asked about mkdir, so nothing else denies it.
+func TestRatchet(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", `
+- name: agent
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  annotations: [phase]
+  phases:
+    initial: work
+    gaps: report
+    work: {allow: ["@file-read", "@basic-io", "@process", mkdir]}
+    locked: {allow: ["@basic-io", "@process"], irreversible: true}
+`)
+		e.startDaemon("ratchet.conf")
+		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		s.makes(true)
+		if got := s.status("{ sleep 1000 & }"); got != "0" {
+			t.Errorf("a second process: exit status %s", got)
+		}
+		id := e.inspect("agent", "{{.Id}}")
+		filters := func() (all []int) {
+			t.Helper()
+			for pid := range strings.FieldsSeq(e.podman("top", "agent", "hpid")) {
+				n, err := strconv.Atoi(pid)
+				if err != nil {
+					continue // the heading
+				}
+				st, err := cgroup.Status(n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, st.SeccompFilters)
+			}
+			return all
+		}
+		before := filters()
+		e.phase("set", id, "locked", "--timeout", "30s")
+		s.makes(false)
+		if now := filters(); len(before) != 2 || !slices.Equal(now, []int{before[0] + 1, before[1] + 1}) {
+			t.Errorf("filters: %v before, %v now", before, now)
+		}
+		if st := e.phaseStatus(id); st.State != phase.Holds || strings.Contains(fmt.Sprint(st.Uncovered), "supervisor says so") {
+			t.Errorf("%+v", st)
+		}
+		const makes = "mkdir /tmp/x && echo made; echo done"
+		denied := func(r result, err error) {
+			t.Helper()
+			if err != nil || r.stdout != "done\n" || !strings.Contains(r.stderr, "Operation not permitted") {
+				t.Errorf("mkdir: %+v, %v", r, err)
+			}
+		}
+		denied(podman(e.ctx, e.conf, "exec", "agent", "sh", "-c", makes))
+		e.phaseFails(3, "locked", "set", id, "work")
+		s.makes(false)
+		s.end()
+		denied(e.run("begun", []string{"--annotation", "syslatch.dev/phase=locked"}, "sh", "-c", makes), nil)
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.idle()
+	})
 }
 
 // A container with phases starts in the one that it is to start in, and only where

@@ -189,8 +189,9 @@ func (p *phasing) held() (map[string]map[string]*os.File, error) {
 }
 
 // resume serves the listeners that were held for an instance, and tells how many. The
-// container's own is at its start if its program has not run; an exec that was at its
-// start is taken for one that is past it, and may fail.
+// container's own is at its start if its program's execve was not to be allowed yet;
+// one that was, and an exec that was at its start, are taken for one that is past it, and
+// may fail.
 func (p *phasing) resume(in *instance, sv *phase.Supervised, held map[string]*os.File) (n int) {
 	id := in.Container.ID
 	for name, f := range held {
@@ -203,7 +204,7 @@ func (p *phasing) resume(in *instance, sv *phase.Supervised, held map[string]*os
 		p.mu.Lock()
 		p.know(c)
 		p.mu.Unlock()
-		if in.Ran || in.kept.began() {
+		if in.executed() {
 			sv.Resume(c)
 		} else {
 			sv.Serve(c)

@@ -131,7 +131,10 @@ type phaseNow struct {
 	Phase      string       `json:"phase"`
 	Generation uint64       `json:"generation"`
 	Original   []limitValue `json:"original,omitempty"` // what phases changed
-	Began      bool         `json:"began,omitempty"`    // the program was executed
+	// Began: the program's execve was to be allowed. It is in the journal before that is
+	// answered, so a kill between the two leaves a container that is taken for one that
+	// runs, and is allowed no more than its phase has.
+	Began bool `json:"began,omitempty"`
 	// Tag is by what the BPF programs know the instance, 0 if they don't; Counted what
 	// they denied and was told, by phase and program.
 	Tag     uint64            `json:"tag,omitempty"`

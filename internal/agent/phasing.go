@@ -155,6 +155,10 @@ func (k *keptPhase) began() bool {
 	return k.now.Began
 }
 
+// executed says whether the container's program may run: its execve was allowed, or was
+// about to be.
+func (in *instance) executed() bool { return in.Ran || in.kept.began() }
+
 func (k *keptPhase) lock(yes bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -262,16 +266,17 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 			return p.keepPhase(in, func(now *phaseNow) { now.Phase, now.Generation = name, generation })
 		},
 		Ready: func() error { return p.programs.ready(in) },
-		Began: func() {
-			if err := p.keepPhase(in, func(now *phaseNow) { now.Began = true }); err != nil {
-				p.a.instanceLog(in).WithError(err).Error("a syslatchd that is started now would take the container for one that is starting")
+		Began: func() error {
+			if in.kept.began() {
+				return nil
 			}
+			return p.keepPhase(in, func(now *phaseNow) { now.Began = true })
 		},
 		Loosens:   func(ctx context.Context, name string) error { return p.loosens(ctx, in, name) },
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
 		Ratchet:   ratchet.put,
 		Enter:     ratchet.enter,
-		HasBegun:  now.Began || in.Ran,
+		HasBegun:  in.executed(),
 		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
 	if err == nil && lost != nil {
@@ -570,7 +575,7 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 	if err := a.phases.serveInside(in); err != nil {
 		log.WithError(err).Error("the container can't tighten itself")
 	}
-	if n == 0 && in.Ran && sv.Asks() {
+	if n == 0 && in.executed() && sv.Asks() {
 		sv.Lose(errors.New("syslatchd was restarted, and what held the container's listeners had ended, too (create the container anew)"))
 		return
 	}

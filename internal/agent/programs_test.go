@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/syslatch/syslatch/bpf"
@@ -143,6 +145,60 @@ func TestProgramsFollowThePhase(t *testing.T) {
 	}
 	if all := w.inForce(); len(all) != 0 {
 		t.Errorf("left: %+v", all)
+	}
+}
+
+// oneExecve is a chain that calls execve once; its answer arrives never.
+type oneExecve struct{ goesOn chan bool }
+
+func (l oneExecve) Serve(ctx context.Context, decide func(*seccomp.Notification) (bool, uint)) error {
+	nr, _ := seccomp.Number(specs.ArchX86_64, "execve")
+	goOn, _ := decide(&seccomp.Notification{ABI: specs.ArchX86_64, Number: nr})
+	l.goesOn <- goOn
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (oneExecve) Close() error { return nil }
+
+// The journal has that the start is over before the execve goes on. A daemon that is
+// killed in between leaves a container that is past it.
+func TestBeganIsKeptFirst(t *testing.T) {
+	w := newProgramWorld(t)
+	if _, err := w.start("c1"); err != nil {
+		t.Fatal(err)
+	}
+	in := w.a.instance("c1")
+	execve := func() bool {
+		t.Helper()
+		l := oneExecve{make(chan bool, 1)}
+		in.supervised.Serve(l)
+		return <-l.goesOn
+	}
+	began := func() bool {
+		t.Helper()
+		now, err := w.a.journal.phase("c1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return now.Began
+	}
+	inTheWay := w.a.journal.path("c1", phaseSuffix+newSuffix)
+	if err := os.Mkdir(inTheWay, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if execve() || began() || in.executed() {
+		t.Error("executed, and the journal doesn't have it")
+	}
+	if err := os.Remove(inTheWay); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	if !execve() || !began() {
+		t.Error("the execve is not kept before its answer")
+	}
+	w.restart()
+	if st := w.status("c1"); w.a.instance("c1").Ran || st.State != phase.Degraded || !strings.Contains(strings.Join(st.Uncovered, "\n"), "what held the container's listeners") {
+		t.Errorf("without what held its listener: %+v", st)
 	}
 }
 

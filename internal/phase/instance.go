@@ -61,8 +61,10 @@ type Instance struct {
 	// Ready is asked before a chain's first execve goes on. Its error denies that: what
 	// enforces the phases is not there.
 	Ready func() error
-	// Began is told the first execve, once.
-	Began func()
+	// Began keeps for a later process that the start is over, before the first execve of
+	// each chain goes on. Its error denies that: a process that is started after a kill
+	// would take the program for a runtime.
+	Began func() error
 	// Loosens says of which limit a container would have more in a phase than now, by
 	// an error. It is asked where the container itself wants the switch.
 	Loosens func(ctx context.Context, phase string) error
@@ -92,7 +94,6 @@ type Supervised struct {
 	ctx     context.Context // of the listeners
 	cancel  context.CancelFunc
 	serving sync.WaitGroup
-	began   sync.Once
 	// begun is set before the first execve is decided: from then on there may be programs
 	// to put a ratchet on, and before only a runtime.
 	begun   atomic.Bool
@@ -509,23 +510,15 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		if !goOn {
 			goOn, _ = c.sv.tables[profiles.StartPhase].Decide(n.ABI, n.Number, n.Args)
 		}
-		if begins && goOn && c.sv.in.Ready != nil {
-			if err := c.sv.in.Ready(); err != nil {
-				c.sv.log.WithError(err).Error("an instance's program is not executed")
+		if begins && goOn {
+			if err := c.begin(n.PID, t.Phase); err != nil {
+				c.sv.log.WithError(err).WithField("phase", t.Phase).Error("a program is not executed")
 				goOn, errno = false, uint(unix.EPERM)
 			}
 		}
 		if begins && goOn {
-			goOn, errno = c.enters(n.PID, t.Phase)
-		}
-		if begins && goOn {
 			// An answer that comes too late, because of a signal, has the call made again.
-			n.Accepted = func() {
-				c.starting = false
-				if c.sv.in.Began != nil {
-					c.sv.began.Do(c.sv.in.Began)
-				}
-			}
+			n.Accepted = func() { c.starting = false }
 		}
 	}
 	if !goOn {
@@ -534,14 +527,24 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 	return goOn, errno
 }
 
-// enters says whether a task may execute what will be the first program of its chain.
-func (c *chain) enters(tid int, phase string) (goOn bool, errno uint) {
-	if c.sv.in.Enter == nil || c.sv.in.Plan.Ratchets[phase] == nil {
-		return true, 0
+// begin says why a task may not execute what will be the first program of its chain.
+func (c *chain) begin(tid int, phase string) error {
+	in := &c.sv.in
+	if in.Ready != nil {
+		if err := in.Ready(); err != nil {
+			return err
+		}
 	}
-	if err := c.sv.in.Enter(tid, phase); err != nil {
-		c.sv.log.WithError(err).WithField("phase", phase).Error("a program is not executed, as it can't be given the phase's own filter")
-		return false, uint(unix.EPERM)
+	if in.Began != nil {
+		if err := in.Began(); err != nil {
+			return err
+		}
 	}
-	return true, 0
+	if in.Enter == nil || in.Plan.Ratchets[phase] == nil {
+		return nil
+	}
+	if err := in.Enter(tid, phase); err != nil {
+		return fmt.Errorf("it can't be given the phase's own filter: %w", err)
+	}
+	return nil
 }

@@ -272,6 +272,28 @@ func TestReady(t *testing.T) {
 	}
 }
 
+// A later process knows of an execve before it goes on: one that can't be kept doesn't.
+func TestBegan(t *testing.T) {
+	f := newFixture(t)
+	l := newFakeListener()
+	var asked int
+	full := errors.New("disk full")
+	f.in.Began = func() error { asked++; return full }
+	f.enter = func(int, string) error { t.Error("traced, and is not executed"); return nil }
+	if _, err := f.to(t, "locked", SetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	f.Supervised.Serve(l)
+	if l.ask(t, "execve", false) || !l.ask(t, "setuid", false) || asked != 1 {
+		t.Errorf("executed, and not kept, or the start has ended by that; asked %d times", asked)
+	}
+	full, f.enter = nil, nil
+	// It is kept before the answer, so also of one that is taken back.
+	if !l.ask(t, "execve", true) || asked != 2 || !l.ask(t, "execve", false) || l.ask(t, "setuid", false) {
+		t.Errorf("asked %d times", asked)
+	}
+}
+
 // What the kernel's programs deny counts, and that they are gone is said, once.
 func TestPrograms(t *testing.T) {
 	f := newFixture(t)

@@ -154,8 +154,35 @@ file has faults, or they don't; 2 the command line is wrong.`,
 	fl.StringVar(&f.host.ContainerdConfig, "containerd-config", "", "containerd's configuration `file` (default: as containerd finds it)")
 	cli.Must(c.RegisterFlagCompletionFunc("runtime", cobra.FixedCompletions([]string{"runc", "crun"}, cobra.ShellCompDirectiveNoFileComp)))
 	cli.Must(c.RegisterFlagCompletionFunc("assume", cobra.FixedCompletions(append([]string{"all", "none"}, hostFeatures...), cobra.ShellCompDirectiveNoFileComp)))
+	cli.Must(c.RegisterFlagCompletionFunc("policy", func(_ *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+		if file, err := policy.Load(strings.Join(args, ""), policyOptions); err == nil {
+			for i := range file.Policies {
+				if file.Policies[i].Phases != nil {
+					names = append(names, file.Policies[i].Name)
+				}
+			}
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}))
+	cli.Must(c.RegisterFlagCompletionFunc("phase", func(_ *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+		if p, err := loadPhases(strings.Join(args, ""), f.policy, "--policy"); err == nil {
+			names = phaseNames(p)
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}))
 	cli.OutputFlag(c, &f.output)
 	return c
+}
+
+var policyOptions = policy.Options{KnownCall: seccomp.Known, Phases: true}
+
+// loadPhases is the policy of a file that is named, or the one that has phases.
+func loadPhases(path, name, flag string) (*policy.Policy, error) {
+	file, err := policy.Load(path, policyOptions)
+	if err != nil {
+		return nil, err
+	}
+	return pickPhases(file, path, name, flag)
 }
 
 const phasesSchema = "syslatch.dev/phases/v1"
@@ -200,11 +227,7 @@ func (f *phasesFlags) run(c *cobra.Command, path string) error {
 			return cli.Usage(err)
 		}
 	}
-	file, err := policy.Load(path, policy.Options{KnownCall: seccomp.Known, Phases: true})
-	if err != nil {
-		return err
-	}
-	p, err := pickPhases(file, path, f.policy, "--policy")
+	p, err := loadPhases(path, f.policy, "--policy")
 	if err != nil {
 		return err
 	}

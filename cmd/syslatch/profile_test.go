@@ -196,10 +196,14 @@ func TestCompletions(t *testing.T) {
 		}
 	}
 	t.Setenv("PATH", bin+":/no/such/directory")
+	policies := policyFile(t, agentPolicy)
 	tests := map[string]struct {
 		args []string
 		want []string
 	}{
+		"policy":           {[]string{"profile", "phases", policies, "--policy", ""}, []string{"agent", "naive"}},
+		"phase":            {[]string{"profile", "phases", policies, "--policy", "agent", "--phase", ""}, []string{"read_only", "write_logs", "network", "locked"}},
+		"phase of a run":   {[]string{"run", "--policy", policies, "--policy-name", "naive", "--phase", ""}, []string{"a"}},
 		"workload":         {[]string{"profile", "show", "--store", dir, ""}, []string{"demo/app", nginx}},
 		"workload's start": {[]string{"profile", "list", "--store", dir, "do"}, []string{nginx}},
 		"version":          {[]string{"profile", "path", "--store", dir, nginx, ""}, []string{"active", "newest", "1", "2"}},

@@ -18,7 +18,6 @@ import (
 	"github.com/syslatch/syslatch/internal/cli"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
-	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
 type runFlags struct {
@@ -98,11 +97,7 @@ func phaseNames(p *policy.Policy) (names []string) {
 }
 
 func (f *runFlags) load() (*policy.Policy, error) {
-	file, err := policy.Load(f.policy, policy.Options{KnownCall: seccomp.Known, Phases: true})
-	if err != nil {
-		return nil, err
-	}
-	return pickPhases(file, f.policy, f.policyName, "--policy-name")
+	return loadPhases(f.policy, f.policyName, "--policy-name")
 }
 
 func (f *runFlags) run(c *cobra.Command, args []string) error {

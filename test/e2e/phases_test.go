@@ -261,7 +261,7 @@ func TestPhaseAtCreate(t *testing.T) {
 }
 
 // blockingPolicy: what waits in accept is denied it by the second phase, and what waits in
-// read is not. A shell's wait takes @signal.
+// read is not.
 const blockingPolicy = `
 - name: agent
   match: {}
@@ -269,8 +269,8 @@ const blockingPolicy = `
   phases:
     initial: serving
     gaps: report
-    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@signal", "@network"]}
-    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process", "@signal"], network: none}
+    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@network"]}
+    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process"], network: none}
 `
 
 // TestPhaseBlockedCalls: a call that has blocked before a switch, and that the new phase
@@ -283,7 +283,7 @@ func TestPhaseBlockedCalls(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	co := sh(`exec 3<>/t/fifo; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
+	co := sh(`exec 3<>/t/fifo 2>&1; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
 	co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
 	c := mustCreate(t, e, harness.PodOptions{}, co)
 	if err := c.Start(e.ctx); err != nil {

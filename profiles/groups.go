@@ -246,11 +246,12 @@ var groups = []Group{
 		names("acct", "capset", "fanotify_init", "fanotify_mark", "iopl", "ioperm", "modify_ldt", "name_to_handle_at",
 			"open_by_handle_at", "quotactl", "quotactl_fd", "reboot", "sethostname", "setdomainname", "syslog", "vhangup", "vm86", "vm86old"),
 	}},
-	// clone3 carries its flags in memory; a policy that means it names it.
+	// clone3 carries its flags in memory; a policy that means it names it. A shell's wait
+	// is rt_sigsuspend, again and again if it is denied.
 	{"@process", "making processes, in no new namespace, and running programs", []PhaseRule{
 		forks,
 		names("fork", "vfork", "execve", "execveat", "pidfd_open", "pidfd_send_signal",
-			"setpgid", "setsid", "kill", "prctl", "personality"),
+			"setpgid", "setsid", "kill", "prctl", "personality", "rt_sigsuspend", "sigsuspend"),
 	}},
 	{"@sandbox", "filters and rule sets by which a program confines itself", []PhaseRule{
 		names("seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),

@@ -83,13 +83,13 @@ func TestRecordPublishEnforce(t *testing.T) {
 	}
 }
 
-// starts is how many containers are started in a row: 30, or the number in
+// atMost is how many containers a test starts: so many, or the number in
 // SYSLATCH_TEST_CONTAINERS, where each takes ten seconds.
-func starts(t *testing.T) int {
+func atMost(t *testing.T, most int) int {
 	t.Helper()
 	text := os.Getenv("SYSLATCH_TEST_CONTAINERS")
 	if text == "" {
-		return 30
+		return most
 	}
 	n, err := strconv.Atoi(text)
 	if err != nil || n < 3 {
@@ -119,7 +119,7 @@ func TestEveryStartSurvivesItsVersion(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Without what is allowed beside the recording, a few of 30 failed.
-			for i := range starts(t) {
+			for i := range atMost(t, 30) {
 				if r, err := pod.Run(e.ctx, sh("echo ran")); err != nil || r.Code != 0 || r.Log != "ran\n" {
 					t.Fatalf("start %d: %+v, %v", i, r, err)
 				}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -260,7 +261,7 @@ func TestPhaseAtCreate(t *testing.T) {
 }
 
 // blockingPolicy: what waits in accept is denied it by the second phase, and what waits in
-// read is not. A shell's wait takes @signal.
+// read is not.
 const blockingPolicy = `
 - name: agent
   match: {}
@@ -268,8 +269,8 @@ const blockingPolicy = `
   phases:
     initial: serving
     gaps: report
-    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@signal", "@network"]}
-    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process", "@signal"], network: none}
+    serving: {allow: ["@file-read", "@file-write", "@basic-io", "@info", "@process", "@network"]}
+    quiet: {allow: ["@file-read", "@basic-io", "@info", "@process"], network: none}
 `
 
 // TestPhaseBlockedCalls: a call that has blocked before a switch, and that the new phase
@@ -282,7 +283,7 @@ func TestPhaseBlockedCalls(t *testing.T) {
 	if err := unix.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	co := sh(`exec 3<>/t/fifo; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
+	co := sh(`exec 3<>/t/fifo 2>&1; (head -n 1 <&3; echo head $?) & nc -l; echo nc $?; wait`)
 	co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
 	c := mustCreate(t, e, harness.PodOptions{}, co)
 	if err := c.Start(e.ctx); err != nil {
@@ -439,6 +440,111 @@ func TestPhasesOutliveTheDaemon(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestManyListeners: containers of both runtimes, whose listeners one holder keeps, outlive
+// a syslatchd that is killed, every one, and every one is switched.
+func TestManyListeners(t *testing.T) {
+	e := newEnv(t, harness.Options{})
+	d := e.start(agentPolicy)
+	all := make([]*harness.Container, atMost(t, 200))
+	each := func(do func(i int) error) { // a few at a time
+		t.Helper()
+		var wg sync.WaitGroup
+		next := make(chan int)
+		for range 4 {
+			wg.Go(func() {
+				for i := range next {
+					if err := do(i); err != nil {
+						t.Errorf("container %d: %v", i, err)
+					}
+				}
+			})
+		}
+		for i := range all {
+			next <- i
+		}
+		close(next)
+		wg.Wait()
+	}
+	var pods []*harness.Pod // two, as each takes a shim
+	for _, runtime := range []string{harness.Runc11, harness.Runc15} {
+		pod, err := e.NewPod(e.ctx, harness.PodOptions{Runtime: runtime})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, pod)
+	}
+	// One after another, as pods are removed, takes too long.
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		each(func(i int) error {
+			if all[i] == nil {
+				return nil
+			}
+			return all[i].Stop(ctx, 0)
+		})
+	})
+	dir := t.TempDir()
+	fifo := func(i int) string { return filepath.Join(dir, fmt.Sprint(i)) }
+	each(func(i int) (err error) {
+		if err := unix.Mkfifo(fifo(i), 0o600); err != nil {
+			return err
+		}
+		co := sh(fmt.Sprintf("while read x </t/%d; do if mkdir /tmp/$x; then echo $x made; else echo $x denied; fi; done", i))
+		co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
+		if all[i], err = pods[i%len(pods)].Create(e.ctx, co); err != nil {
+			return err
+		}
+		return all[i].Start(e.ctx)
+	})
+	if t.Failed() {
+		return
+	}
+	hold := func(name string) {
+		t.Helper()
+		out, code := e.phase("list", "-o", "json")
+		var list struct{ Instances []phase.Status }
+		if err := json.Unmarshal([]byte(out), &list); err != nil || code != 0 {
+			t.Fatalf("list: exit status %d, %v: %s", code, err, out)
+		}
+		var holds int
+		for _, st := range list.Instances {
+			if st.Phase == name && st.State == phase.Holds {
+				holds++
+			}
+		}
+		if holds != len(all) || len(list.Instances) != len(all) {
+			t.Errorf("%d of %d hold in %s, want %d:\n%.2000s", holds, len(list.Instances), name, len(all), out)
+		}
+	}
+	// are tells some of them, of each runtime, to make a call that the supervisor is asked.
+	are := func(word, want string) {
+		t.Helper()
+		for _, i := range []int{0, len(all)/2 | 1, len(all) - 1} {
+			if err := os.WriteFile(fifo(i), []byte(word+"\n"), 0); err != nil { // opens when the reader is there
+				t.Fatal(err)
+			}
+			says(t, e, all[i], word+" "+want)
+		}
+	}
+	hold("read_only")
+	d.kill(syscall.SIGKILL)
+	e.start(agentPolicy)
+	if out, code := e.syslatch("verify"); code != 0 {
+		t.Errorf("verify: exit status %d: %s", code, out)
+	}
+	hold("read_only")
+	are("a", "denied")
+	each(func(i int) error {
+		if out, code := e.phase("set", all[i].ID, "write_logs"); code != 0 {
+			return fmt.Errorf("phase set: exit status %d: %s", code, out)
+		}
+		return nil
+	})
+	hold("write_logs")
+	are("b", "made")
 }
 
 // holder is the process that keeps this environment's listeners.

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -60,7 +61,7 @@ type Host struct {
 	cgroup   string // parent of all pods, in every hierarchy
 	pods     []*Pod
 	imported map[string]bool // by the image's name
-	counter  int
+	counter  atomic.Int64    // of pods and containers
 }
 
 // Runtimes that a pod can name as its handler.

@@ -36,14 +36,14 @@ type Pod struct {
 
 // NewPod starts a pod. It is removed by Host.Close at the latest.
 func (h *Host) NewPod(ctx context.Context, o PodOptions) (*Pod, error) {
-	h.counter++
+	n := h.counter.Add(1)
 	if o.Name == "" {
-		o.Name = fmt.Sprintf("pod-%d", h.counter)
+		o.Name = fmt.Sprintf("pod-%d", n)
 	}
 	if o.Namespace == "" {
 		o.Namespace = "default"
 	}
-	logs := filepath.Join(h.Dir, "logs", fmt.Sprint(h.counter))
+	logs := filepath.Join(h.Dir, "logs", fmt.Sprint(n))
 	if err := os.MkdirAll(logs, 0o755); err != nil {
 		return nil, err
 	}
@@ -52,7 +52,7 @@ func (h *Host) NewPod(ctx context.Context, o PodOptions) (*Pod, error) {
 		pid = runtimeapi.NamespaceMode_POD
 	}
 	config := &runtimeapi.PodSandboxConfig{
-		Metadata:     &runtimeapi.PodSandboxMetadata{Name: o.Name, Namespace: o.Namespace, Uid: fmt.Sprintf("uid-%d", h.counter)},
+		Metadata:     &runtimeapi.PodSandboxMetadata{Name: o.Name, Namespace: o.Namespace, Uid: fmt.Sprintf("uid-%d", n)},
 		Labels:       o.Labels,
 		Annotations:  o.Annotations,
 		LogDirectory: logs,
@@ -115,7 +115,7 @@ type Container struct {
 	log string
 }
 
-// Create creates a container; the error is the runtime's.
+// Create creates a container; the error is the runtime's. Several may be created at once.
 func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error) {
 	if o.Name == "" {
 		o.Name = "app"
@@ -123,18 +123,18 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 	if o.Image == "" {
 		o.Image = BusyboxImage
 	}
-	p.host.counter++
+	n := p.host.counter.Add(1)
 	seccomp := &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Unconfined}
 	if o.Confined {
 		seccomp = &runtimeapi.SecurityProfile{ProfileType: o.Seccomp, LocalhostRef: o.SeccompRef}
 	}
-	log := fmt.Sprintf("%s-%d.log", o.Name, p.host.counter)
+	log := fmt.Sprintf("%s-%d.log", o.Name, n)
 	pid := runtimeapi.NamespaceMode_CONTAINER
 	if o.SharedPID {
 		pid = runtimeapi.NamespaceMode_POD
 	}
 	config := &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: o.Name, Attempt: uint32(p.host.counter)},
+		Metadata: &runtimeapi.ContainerMetadata{Name: o.Name, Attempt: uint32(n)},
 		Image:    &runtimeapi.ImageSpec{Image: o.Image, UserSpecifiedImage: o.Image}, // CRI-O insists on both
 		Command:  o.Command, Args: o.Args, LogPath: log, Mounts: o.Mounts,
 		// A kubelet's: CRI-O knows the container's name from them only.

@@ -507,13 +507,18 @@ func (p *phasing) accept() {
 // acceptPause is between two attempts to accept.
 const acceptPause = time.Second
 
-// handOver bounds the wait for what a runtime sends; it has connected by then.
-const handOver = 5 * time.Second
+// handOver bounds the wait for what somebody sends who is about to. crun is not: it
+// connects before the createRuntime hooks, which may take handOverLate.
+const (
+	handOver     = 5 * time.Second
+	handOverLate = time.Minute
+)
 
 func (p *phasing) take(conn *net.UnixConn) error {
-	if err := conn.SetDeadline(time.Now().Add(handOver)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(handOverLate)); err != nil {
 		return err
 	}
+	defer context.AfterFunc(p.a.stopped, func() { _ = conn.SetDeadline(time.Now().Add(handOver)) })()
 	state, f, err := seccomp.ReceiveListener(conn)
 	if errors.Is(err, seccomp.ErrNoDescriptor) && state.Metadata == fromHook {
 		return p.answerHook(conn, &state.State)

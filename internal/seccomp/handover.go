@@ -139,7 +139,7 @@ func ReceiveListener(conn *net.UnixConn) (state specs.ContainerProcessState, lis
 		n, oobn, flags, _, err := conn.ReadMsgUnix(buf, rights) // sets MSG_CMSG_CLOEXEC
 		got, bad := receivedFiles(rights[:oobn])
 		files = append(files, got...)
-		text = append(text, buf[:n]...)
+		text = append(text, buf[:max(n, 0)]...) // -1 beside most errors
 		complete, invalid := decodeState(text, &state)
 		switch {
 		case bad != nil:

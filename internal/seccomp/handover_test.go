@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -281,6 +282,20 @@ func TestReceiveListenerRefuses(t *testing.T) {
 				t.Errorf("%d descriptors are left open", got-before)
 			}
 		})
+	}
+}
+
+// TestReceiveListenerInTime: whoever connects and sends nothing is waited for as long as
+// the deadline says.
+func TestReceiveListenerInTime(t *testing.T) {
+	conn, other := pair(t)
+	defer conn.Close()
+	defer other.Close()
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if _, f, err := ReceiveListener(conn); !errors.Is(err, os.ErrDeadlineExceeded) || f != nil {
+		t.Errorf("got %v, %v", f, err)
 	}
 }
 

@@ -491,13 +491,21 @@ func TestRatchet(t *testing.T) {
 		if got := s.status("{ sleep 1000 & }"); got != "0" {
 			t.Errorf("a second process: exit status %s", got)
 		}
-		id := e.inspect("agent", "{{.Id}}")
+		id, first, _ := strings.Cut(e.inspect("agent", "{{.Id}} {{.State.Pid}}"), " ")
+		pid, err := strconv.Atoi(first)
+		if err != nil {
+			t.Fatal(err)
+		}
 		filters := func() (all []int) {
 			t.Helper()
-			for pid := range strings.FieldsSeq(e.podman("top", "agent", "hpid")) {
-				n, err := strconv.Atoi(pid)
+			procs, _, err := hierarchy.ReadController(pid, "pids", "cgroup.procs", "cgroup.procs")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for of := range strings.FieldsSeq(procs) {
+				n, err := strconv.Atoi(of)
 				if err != nil {
-					continue // the heading
+					t.Fatal(err)
 				}
 				st, err := cgroup.Status(n)
 				if err != nil {

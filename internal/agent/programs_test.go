@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	logtest "github.com/sirupsen/logrus/hooks/test"
@@ -91,13 +92,25 @@ func (w *programWorld) inForce() []bpf.Enforced {
 	return all
 }
 
+// status is an instance's, when it has been judged again.
 func (w *programWorld) status(id string) phase.Status {
 	w.t.Helper()
-	st, err := w.a.Phases().Get(id)
-	if err != nil {
-		w.t.Fatal(err)
+	deadline, tick := time.After(time.Minute), time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		st, err := w.a.Phases().Get(id)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if st.State != phase.Switching {
+			return st
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			w.t.Fatalf("%+v", st)
+		}
 	}
-	return st
 }
 
 // The programs are told each phase, keep it while nobody runs, and follow the journal

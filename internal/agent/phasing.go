@@ -379,6 +379,20 @@ func (p *phasing) attached(in *instance, pid int) error {
 	return p.programs.add(in, pid)
 }
 
+// unattached tells what a container lacks whose attach failed, if its runtime goes on all
+// the same. The instance is taken.
+func (p *phasing) unattached(in *instance, why error) {
+	if p == nil || in.supervised == nil {
+		return
+	}
+	if in.guarded() && !in.guard.holds() {
+		in.supervised.Unhooked(why)
+	}
+	if slices.ContainsFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return !ph.Limits.None() }) {
+		in.supervised.Unlimited(why)
+	}
+}
+
 // found is attached for a container that has run for a while: its init may have moved,
 // or ended.
 func (p *phasing) found(in *instance, pid int) error {

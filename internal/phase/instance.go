@@ -390,20 +390,25 @@ func (sv *Supervised) Lose(why error) {
 
 // Unhooked says that the kernel's programs don't do their part, and why; nil that they
 // do.
-func (sv *Supervised) Unhooked(why error) {
+func (sv *Supervised) Unhooked(why error) { sv.lacks(atHooks, why) }
+
+// Unlimited says that the limits of the phase in force are not set, and why.
+func (sv *Supervised) Unlimited(why error) { sv.lacks(atLimits, why) }
+
+func (sv *Supervised) lacks(what string, why error) {
 	sv.mu.Lock()
-	_, was := sv.broken[atHooks]
-	delete(sv.broken, atHooks)
+	_, was := sv.broken[what]
+	delete(sv.broken, what)
 	if why != nil {
-		sv.broken[atHooks] = why.Error()
+		sv.broken[what] = why.Error()
 	}
 	phase := sv.status.Phase
 	sv.mu.Unlock()
 	if why == nil || was {
 		return
 	}
-	sv.log.WithError(why).WithField("phase", phase).Error("an instance has lost a part of what enforces its phases: " + atHooks)
-	sv.emit(Event{Kind: Lost, From: phase, Message: atHooks + ": " + why.Error()})
+	sv.log.WithError(why).WithFields(logrus.Fields{"phase": phase, "lacks": what}).Error("an instance has lost a part of what enforces its phases")
+	sv.emit(Event{Kind: Lost, From: phase, Message: what + ": " + why.Error()})
 }
 
 // Rejudge makes the phase hold for every task once more, as a switch does: for an

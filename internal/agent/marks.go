@@ -172,7 +172,9 @@ func (a *Agent) pickUpMarks(in *instance) {
 	if err := a.phases.serveInside(in); err != nil {
 		log.WithError(err).Error("the container can't switch its phase by itself")
 	}
-	if in.CgroupID != 0 {
-		a.rejudge(in, sv, "calls that were blocked at the earlier syslatchd's last switch may count in the phase before alone (switch the container's phase to try again)")
+	if in.unstarted() {
+		sv.Whole()
+		return
 	}
+	a.rejudge(in, sv, "calls that were blocked at the earlier syslatchd's last switch may count in the phase before alone (switch the container's phase to try again)")
 }

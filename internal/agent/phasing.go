@@ -382,6 +382,20 @@ func (p *phasing) attached(in *instance, pid int) error {
 	return p.programs.add(in, pid)
 }
 
+// unattached tells what a container lacks whose attach failed, if its runtime goes on all
+// the same. The instance is taken.
+func (p *phasing) unattached(in *instance, why error) {
+	if p == nil || in.supervised == nil {
+		return
+	}
+	if in.guarded() && !in.guard.holds() {
+		in.supervised.Unhooked(why)
+	}
+	if slices.ContainsFunc(in.Decision.Phases.Phases, func(ph policy.Phase) bool { return !ph.Limits.None() }) {
+		in.supervised.Unlimited(why)
+	}
+}
+
 // found is attached for a container that has run for a while: its init may have moved,
 // or ended.
 func (p *phasing) found(in *instance, pid int) error {
@@ -584,17 +598,21 @@ func (a *Agent) pickUpPhases(in *instance, held map[string]*os.File) {
 		sv.Lose(errors.New("syslatchd was restarted, and what held the container's listeners had ended, too (create the container anew)"))
 		return
 	}
-	if in.CgroupID == 0 {
-		return // not started yet
+	if in.unstarted() {
+		sv.Whole()
+		return
 	}
 	a.rejudge(in, sv, "calls that the earlier syslatchd had received may wait (switch the container's phase to try again)")
 }
 
+// unstarted says whether an instance has no task yet. With cgroup v1 alone none has an id.
+func (in *instance) unstarted() bool { return in.CgroupID == 0 && in.Container.PID <= 0 }
+
 // unfreeze finds the cgroup of an instance that an earlier process left, in a barrier
 // maybe.
 func (a *Agent) unfreeze(in *instance) {
-	if in.CgroupID == 0 && in.Container.PID <= 0 {
-		return // not started yet
+	if in.unstarted() {
+		return
 	}
 	in.barrier.note = a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	if err := a.phases.found(in, in.Container.PID); err != nil {

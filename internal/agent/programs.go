@@ -76,10 +76,8 @@ func (in *instance) guarded() bool { return in.guard.plan != nil }
 // ready keeps a container's program from being executed without the programs: the daemon
 // was dead when it was started, or the runtime went on after an error.
 func (p *programs) ready(in *instance) error {
-	p.a.mu.Lock()
-	ran := in.Ran
-	p.a.mu.Unlock()
-	if !in.guarded() || in.guard.holds() || ran || in.kept.began() || in.Decision.Failure == policy.FailureRuntimeDefault {
+	// That the runtime says it runs is no reason: it may say so before the execve.
+	if !in.guarded() || in.guard.holds() || in.kept.began() || in.Decision.Failure == policy.FailureRuntimeDefault {
 		return nil
 	}
 	return errors.New("BPF programs for phases don't look at it: syslatchd was not there when it was started, or refused it (create it anew)")

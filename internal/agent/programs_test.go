@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	logtest "github.com/sirupsen/logrus/hooks/test"
@@ -91,13 +92,25 @@ func (w *programWorld) inForce() []bpf.Enforced {
 	return all
 }
 
+// status is an instance's, when it has been judged again.
 func (w *programWorld) status(id string) phase.Status {
 	w.t.Helper()
-	st, err := w.a.Phases().Get(id)
-	if err != nil {
-		w.t.Fatal(err)
+	deadline, tick := time.After(time.Minute), time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		st, err := w.a.Phases().Get(id)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if st.State != phase.Switching {
+			return st
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			w.t.Fatalf("%+v", st)
+		}
 	}
-	return st
 }
 
 // The programs are told each phase, keep it while nobody runs, and follow the journal
@@ -241,6 +254,61 @@ func TestProgramsAreMissed(t *testing.T) {
 		t.Errorf("host: %+v", w.a.phases.host)
 	}
 	w.policy.BPFFS = filepath.Dir(w.policy.BPFFS)
+}
+
+// A runtime may go on where a start was refused, and say that the program runs before it
+// does: it is not executed, and what it lacks is told.
+func TestProgramsOfARefusedStart(t *testing.T) {
+	w := newProgramWorld(t)
+	score := 500
+	w.policy.Policies[0].Phases.Phases[0].Limits.OOMScoreAdj = &score
+	g := newGroup(t)
+	if _, err := w.a.Plan(t.Context(), policy.Container{ID: "c1", Name: "c1", Image: "app:1", CgroupsPath: g.Path()}, adjust.Runtime{Engine: "test", PID: os.Getpid()}); err != nil {
+		t.Fatal(err)
+	}
+	in := w.a.instance("c1")
+	pid, _ := occupy(t, g)
+	inTheWay := w.a.journal.path("c1", instanceSuffix+newSuffix) // which is not removed, as it is full
+	lacks := func(start func() error) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(inTheWay, "full"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := start(); err == nil || !strings.Contains(err.Error(), "is a directory") {
+			t.Errorf("%v", err)
+		}
+		if st := w.status("c1"); st.State != phase.Degraded || len(st.Uncovered) < 2 ||
+			!strings.HasPrefix(st.Uncovered[len(st.Uncovered)-2], "limits: ") || !strings.HasPrefix(st.Uncovered[len(st.Uncovered)-1], "what BPF programs deny") {
+			t.Errorf("%+v", st)
+		}
+		if w.a.phases.programs.ready(in) == nil {
+			t.Error("executed without its programs")
+		}
+		if err := os.RemoveAll(inTheWay); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lacks(func() error { return w.a.Starting(t.Context(), "c1", pid) })
+	events := w.a.Phases().Watch(t.Context())
+	in.supervised.Unhooked(nil)
+	lacks(func() error { return w.a.started(in, pid) })
+	select {
+	case e := <-events:
+		if e.Kind != phase.Lost || e.Instance != "c1" {
+			t.Errorf("%+v", e)
+		}
+	default:
+		t.Error("no event tells of it")
+	}
+	if err := w.a.started(in, pid); err != nil {
+		t.Fatal(err)
+	}
+	if st := w.status("c1"); st.State != phase.Holds || w.a.phases.programs.ready(in) != nil {
+		t.Errorf("%+v", st)
+	}
+	if got, err := w.a.host.Read(pid, adjust.Expectation{Source: adjust.SourceProc, File: "oom_score_adj"}); err != nil || got != "500" {
+		t.Errorf("oom_score_adj is %s, %v", got, err)
+	}
 }
 
 // One that is attached to late may have made cgroups of its own.

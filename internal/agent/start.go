@@ -45,6 +45,7 @@ func (a *Agent) starting(ctx context.Context, in *instance, pid int) error {
 // attachAndBegin reads the policy's limits back before a phase's are set.
 func (a *Agent) attachAndBegin(in *instance, pid int) error {
 	if err := a.attach(in, pid); err != nil {
+		a.phases.unattached(in, err)
 		return err
 	}
 	return errors.Join(a.verifyCreated(in, pid), a.phases.begin(in))
@@ -177,11 +178,9 @@ func (a *Agent) started(in *instance, pid int) error {
 		return nil // it was quick
 	}
 	a.change(func() { in.Ran = true })
-	if err := a.journal.save(in); err != nil {
+	err := a.journal.save(in)
+	if in.CgroupID != 0 || a.hasEnded(in) {
 		return err
 	}
-	if in.CgroupID != 0 || a.hasEnded(in) {
-		return nil
-	}
-	return a.attachAndBegin(in, pid)
+	return errors.Join(err, a.attachAndBegin(in, pid))
 }

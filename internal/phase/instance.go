@@ -101,7 +101,7 @@ type Supervised struct {
 
 	mu     sync.Mutex
 	status Status            // guarded by mu
-	whole  bool              // guarded by mu: the switch to status.Phase was finished
+	whole  bool              // guarded by mu: the switch to status.Phase was finished, as well as it can be
 	broken map[string]string // guarded by mu: what failed for good, by what it concerns
 }
 
@@ -152,7 +152,7 @@ func (sv *Supervised) begin() error {
 		ID: sv.in.ID, Name: sv.in.Name, Workload: sv.in.Workload, Policy: sv.in.Policy,
 		Phase: to, Generation: max(sv.in.Generation, 1), Since: time.Now().UTC(), Recorded: sv.in.Record,
 	}
-	sv.whole = true
+	sv.whole = sv.in.Generation == 0 // else who was killed may have begun a switch: see Rejudge
 	sv.mu.Unlock()
 	kind := Begun
 	if sv.in.Generation != 0 {
@@ -278,9 +278,7 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 	sv.mu.Unlock()
 
 	failed := sv.enforce(ctx, to)
-	sv.mu.Lock()
-	sv.whole = true
-	sv.mu.Unlock()
+	sv.Whole()
 	st := sv.Status()
 	e := Event{Kind: Switched, From: from, To: to, Origin: o.Origin, By: o.By, Generation: st.Generation}
 	if failed != nil {
@@ -336,14 +334,15 @@ func (sv *Supervised) may(ctx context.Context, is Status, to string, o SetOption
 	return nil
 }
 
-// fails notes what is broken.
+// fails notes what is broken, or is not any more.
 func (sv *Supervised) fails(what string, err error) error {
-	if err == nil {
-		return nil
-	}
 	sv.mu.Lock()
 	defer sv.mu.Unlock()
-	sv.broken[what] = err.Error()
+	if err == nil {
+		delete(sv.broken, what)
+	} else {
+		sv.broken[what] = err.Error()
+	}
 	return err
 }
 
@@ -358,24 +357,14 @@ func (sv *Supervised) limit(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if err := sv.fails(atLimits, sv.in.Limits(ctx, sv.Status().Phase)); err != nil {
-		return err
-	}
-	sv.mu.Lock()
-	defer sv.mu.Unlock()
-	delete(sv.broken, atLimits)
-	return nil
+	return sv.fails(atLimits, sv.in.Limits(ctx, sv.Status().Phase))
 }
 
 // enforce makes a phase that new calls are judged by hold for all.
 func (sv *Supervised) enforce(ctx context.Context, to string) error {
 	var errs []error
 	if sv.in.Barrier != nil {
-		what := atBarrier
-		if sv.in.Record {
-			what = atRecord
-		}
-		errs = append(errs, sv.fails(what, sv.in.Barrier.Barrier(ctx)))
+		errs = append(errs, sv.fails(sv.atBarrier(), sv.in.Barrier.Barrier(ctx)))
 	}
 	if sv.in.Limits != nil {
 		errs = append(errs, sv.fails(atLimits, sv.in.Limits(ctx, to)))
@@ -384,6 +373,13 @@ func (sv *Supervised) enforce(ctx context.Context, to string) error {
 		errs = append(errs, sv.fails(atRatchet, sv.in.Ratchet(ctx, to)))
 	}
 	return errors.Join(errs...)
+}
+
+func (sv *Supervised) atBarrier() string {
+	if sv.in.Record {
+		return atRecord
+	}
+	return atBarrier
 }
 
 // Asks says whether the instance's filter asks about anything.
@@ -402,38 +398,47 @@ func (sv *Supervised) Lose(why error) {
 
 // Unhooked says that the kernel's programs don't do their part, and why; nil that they
 // do.
-func (sv *Supervised) Unhooked(why error) {
+func (sv *Supervised) Unhooked(why error) { sv.lacks(atHooks, why) }
+
+// Unlimited says that the limits of the phase in force are not set, and why.
+func (sv *Supervised) Unlimited(why error) { sv.lacks(atLimits, why) }
+
+func (sv *Supervised) lacks(what string, why error) {
 	sv.mu.Lock()
-	_, was := sv.broken[atHooks]
-	delete(sv.broken, atHooks)
+	_, was := sv.broken[what]
+	delete(sv.broken, what)
 	if why != nil {
-		sv.broken[atHooks] = why.Error()
+		sv.broken[what] = why.Error()
 	}
 	phase := sv.status.Phase
 	sv.mu.Unlock()
 	if why == nil || was {
 		return
 	}
-	sv.log.WithError(why).WithField("phase", phase).Error("an instance has lost a part of what enforces its phases: " + atHooks)
-	sv.emit(Event{Kind: Lost, From: phase, Message: atHooks + ": " + why.Error()})
+	sv.log.WithError(why).WithFields(logrus.Fields{"phase": phase, "lacks": what}).Error("an instance has lost a part of what enforces its phases")
+	sv.emit(Event{Kind: Lost, From: phase, Message: what + ": " + why.Error()})
 }
 
 // Rejudge makes the phase hold for every task once more, as a switch does: for an
-// instance that an earlier process supervised. Calls that it received and did not
-// answer are made again, and asked about again.
+// instance that an earlier process supervised, which is Switching until then. Calls that
+// it received and did not answer are made again, and asked about again.
 func (sv *Supervised) Rejudge(ctx context.Context) error {
 	select {
 	case sv.turn <- struct{}{}:
 		defer func() { <-sv.turn }()
 	case <-ctx.Done():
-		return ctx.Err()
+		return sv.fails(sv.atBarrier(), fmt.Errorf("another switch is unfinished: %w", ctx.Err()))
 	}
+	err := sv.enforce(ctx, sv.Status().Phase)
+	sv.Whole()
+	return err
+}
+
+// Whole says that there is nothing to rejudge, as no task of the instance is yet.
+func (sv *Supervised) Whole() {
 	sv.mu.Lock()
-	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
-		delete(sv.broken, what)
-	}
-	sv.mu.Unlock()
-	return sv.enforce(ctx, sv.Status().Phase)
+	defer sv.mu.Unlock()
+	sv.whole = true
 }
 
 // Serve answers what a chain of the instance's filters asks about, in the background

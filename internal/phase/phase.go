@@ -40,7 +40,8 @@ const (
 	// included; but for what Uncovered says. Of an instance that is recorded: all that
 	// is called from now on counts in it.
 	Holds State = "holds"
-	// Switching: begun and not finished.
+	// Switching: begun and not finished. So is an instance that an earlier process
+	// supervised until its phase has been made to hold once more.
 	Switching State = "switching"
 	// Degraded: a switch could not be finished, or the supervisor lost a part of what
 	// it enforces with. New calls are judged by Phase where they are judged at all.

@@ -660,19 +660,66 @@ func TestWatch(t *testing.T) {
 	}
 }
 
-// TestResume: an instance that an earlier process supervised doesn't begin again.
+// TestResume: an instance that an earlier process supervised doesn't begin again, and its
+// phase holds when it has been made to once more: who was killed may have begun a switch.
 func TestResume(t *testing.T) {
 	f := newFixture(t)
-	in := f.Supervised.in
-	in.ID, in.Initial, in.Generation = "k", "network", 3
-	sv, err := f.Add(in)
-	if err != nil {
-		t.Fatal(err)
+	var put int
+	failed := errors.New("out of order")
+	resume := func(id string) *Supervised {
+		t.Helper()
+		in := f.Supervised.in
+		in.ID, in.Initial, in.Generation, in.HasBegun = id, "locked", 3, true
+		in.Ratchet = func(context.Context, string) error { put++; return failed }
+		sv, err := f.Add(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sv
 	}
-	if st := sv.Status(); st.Phase != "network" || st.Generation != 3 {
-		t.Errorf("%+v", st)
+	is := func(sv *Supervised, want State) {
+		t.Helper()
+		if st := sv.Status(); st.Phase != "locked" || st.Generation != 3 || st.State != want {
+			t.Errorf("%+v, want that it is %s", st, want)
+		}
 	}
-	if got := f.kinds(); !slices.Equal(got, []string{"begun read_only", "resumed network"}) {
+	sv := resume("k")
+	is(sv, Switching)
+	if err := sv.Rejudge(t.Context()); !errors.Is(err, failed) || put != 1 {
+		t.Errorf("%v; put %d times", err, put)
+	}
+	is(sv, Degraded)
+	failed = nil
+	if err := sv.Rejudge(t.Context()); err != nil || put != 2 {
+		t.Errorf("%v; put %d times", err, put)
+	}
+	is(sv, Holds)
+
+	// A switch to the same phase doesn't rely on what comes later.
+	sv = resume("l")
+	if _, err := f.Set(t.Context(), "l", "locked", SetOptions{}); err != nil || put != 3 {
+		t.Errorf("%v; put %d times", err, put)
+	}
+	is(sv, Holds)
+
+	sv = resume("m")
+	sv.Whole() // it has no task
+	is(sv, Holds)
+
+	sv = resume("n")
+	sv.turn <- struct{}{}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := sv.Rejudge(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+	<-sv.turn
+	is(sv, Degraded)
+	if _, err := f.Set(t.Context(), "n", "locked", SetOptions{}); err != nil || put != 4 {
+		t.Errorf("%v; put %d times", err, put)
+	}
+	is(sv, Holds)
+	if got := f.kinds()[:2]; !slices.Equal(got, []string{"begun read_only", "resumed locked"}) {
 		t.Errorf("events: %v", got)
 	}
 }

@@ -78,11 +78,16 @@ func (e *env) setPhase(id, to string) {
 	}
 }
 
+// phaseStatus is an instance's; one that a new daemon has picked up has been judged again.
 func (e *env) phaseStatus(id string) (st phase.Status) {
 	e.t.Helper()
-	out, code := e.phase("get", id, "-o", "json")
-	if err := json.Unmarshal([]byte(out), &st); err != nil || code != 0 {
-		e.t.Fatalf("phase get: exit status %d, %v: %s", code, err, out)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for st.State = phase.Switching; st.State == phase.Switching; <-tick.C {
+		out, code := e.phase("get", id, "-o", "json")
+		if err := json.Unmarshal([]byte(out), &st); err != nil || code != 0 {
+			e.t.Fatalf("phase get: exit status %d, %v: %s", code, err, out)
+		}
 	}
 	return st
 }

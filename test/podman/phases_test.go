@@ -154,9 +154,14 @@ func (e *env) phaseCommand(args ...string) *exec.Cmd {
 	return cmd
 }
 
-func (e *env) phaseStatus(id string) phase.Status {
+// phaseStatus is an instance's; one that a new daemon has picked up has been judged again.
+func (e *env) phaseStatus(id string) (st phase.Status) {
 	e.t.Helper()
-	return decode[phase.Status](e.t, e.phase("get", id, "-o", "json"))
+	e.wait(id+" is not switching", func() bool {
+		st = decode[phase.Status](e.t, e.phase("get", id, "-o", "json"))
+		return st.State != phase.Switching
+	})
+	return st
 }
 
 // supervised lists the instances that there are.

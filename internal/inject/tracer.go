@@ -46,8 +46,8 @@ type process struct {
 	command string
 	tasks   map[int]*task
 	info    status // of the task that was looked at
-	chain   []seccomp.Filter
-	unread  bool // chain is not known
+	least   int    // filters that each thread has
+	unread  bool   // the filters are not known
 	present bool
 	nothing bool // the filter adds nothing
 	apart   bool // the threads' filters differ: each loads its own
@@ -90,6 +90,7 @@ func (t *tracer) run(ctx context.Context) (err error) {
 	if err := t.gather(ctx); err != nil {
 		return err
 	}
+	t.doubt = false // what isn't known to have the filter stands, or is named
 	if err := t.check(); err != nil {
 		return err
 	}
@@ -195,19 +196,22 @@ func (t *tracer) seizeNew() error {
 	// Before any process has the filter, nothing of the scope runs once all are stopped,
 	// so that nothing ends either. What does was forked by one that isn't known, and may
 	// have forked another. In a tree it may have been anything on the host.
+	unknown := !t.loaded || t.doubt
 	tries := triesLater
-	if !t.loaded {
-		tries = triesFirst
-	}
 	var found func(stat) error
-	if !t.loaded {
-		found = t.seizeProcess
+	if unknown {
+		tries, found = triesFirst, func(st stat) error {
+			if t.filters(st.identity) > 0 {
+				return nil
+			}
+			return t.seizeProcess(st)
+		}
 	}
 	lacking, vanished, err := t.lacking(tries, found)
 	if err != nil {
 		return err
 	}
-	if vanished && !t.loaded && t.scope.Cgroup != "" {
+	if vanished && unknown && t.scope.Cgroup != "" {
 		t.changes++
 	}
 	for _, st := range lacking {
@@ -383,8 +387,7 @@ func (t *tracer) whyNot(st stat, tid int, err error) error {
 		return nil
 	}
 	if info.tracer != 0 {
-		by, _ := readStat(info.tracer)
-		return &TracedError{info.tracer, by.command}
+		return traced(info.tracer)
 	}
 	if info.kernel {
 		return ErrKernelThread
@@ -393,6 +396,11 @@ func (t *tracer) whyNot(st stat, tid int, err error) error {
 		return fmt.Errorf("PTRACE_SEIZE: %w", err)
 	}
 	return fmt.Errorf("%w: PTRACE_SEIZE: %w (%s)", ErrPermission, err, permission(info))
+}
+
+func traced(by int) error {
+	st, _ := readStat(by)
+	return &TracedError{by, st.command}
 }
 
 // permission says what ptrace(2) wants of the tracer.
@@ -849,29 +857,97 @@ func (t *tracer) judge(p *process, k *task, regs unix.PtraceRegs, waits bool) ([
 	return out, nil
 }
 
-// examine learns what filters a process has.
+// examine learns what filters a process has. What it says of all threads was read of each:
+// of others with as many filters, these may be others.
 func (t *tracer) examine(p *process, k *task) (err error) {
 	if p.info, err = readStatus(k.tid); err != nil {
 		return err
 	}
-	switch p.info.seccomp {
-	case 1:
+	if p.info.seccomp == 1 {
 		return &TaskError{p.pid, k.tid, errors.New("is in seccomp's strict mode, which takes no filter")}
-	case 2:
-		if p.chain, err = filtersOf(k.tid, p.info.filters); err != nil {
-			p.unread = true
+	}
+	p.unread, p.present, p.nothing, p.least = false, true, true, p.info.filters
+	look := func(of *task) {
+		if of.running {
+			p.present, p.nothing = false, false
+			return
+		}
+		filters, count, err := filtersOf(of.tid)
+		if err != nil {
+			p.unread, p.present, p.nothing = !errors.Is(err, ErrGone), false, false
+			return
+		}
+		present, nothing := t.compare(filters)
+		p.present, p.nothing, p.least = p.present && present, p.nothing && nothing, min(p.least, count)
+	}
+	look(k)
+	for _, other := range p.tasks {
+		if !p.present && !p.nothing {
 			return nil
 		}
+		if other != k && !other.dead {
+			look(other)
+		}
 	}
-	p.present, p.nothing = t.compare(p.chain)
-	for _, other := range p.tasks {
-		if other.dead || other == k {
+	if t.others(p) != nil {
+		p.present, p.nothing = false, false
+	}
+	return nil
+}
+
+// errNotStopped: nobody traces it, and it runs.
+var errNotStopped = errors.New("isn't stopped")
+
+// others is an error unless the threads of a process that live are all among its tasks,
+// and stand: those of others may have other filters, and start more. Lists of threads that come
+// and go have gaps, so the kernel's own count decides, which is one moment's: what stands
+// before and after it was in it.
+func (t *tracer) others(p *process) error {
+	tids, err := threadsOf(p.pid)
+	if err != nil {
+		return err
+	}
+	var ended []int // of which the main thread's is there as long as the process
+	for _, tid := range tids {
+		if k := p.tasks[tid]; k != nil && !k.dead {
 			continue
 		}
-		info, err := readStatus(other.tid)
-		if err == nil && info.filters != p.info.filters {
-			p.present, p.nothing = false, false
+		st, err := readStat(tid)
+		switch {
+		case errors.Is(err, ErrGone):
+		case err != nil:
+			return err
+		case st.dead():
+			ended = append(ended, tid)
+		default:
+			err := errNotStopped
+			if by := tracerOf(tid); by != 0 {
+				err = traced(by)
+			}
+			return fmt.Errorf("thread %d: %w", tid, err)
 		}
+	}
+	info, err := readStatus(p.pid)
+	if err != nil {
+		return err
+	}
+	standing := 0
+	for _, k := range p.tasks {
+		if k.dead {
+			continue
+		}
+		if _, stopped := stopOf(k.tid); k.running || !stopped {
+			return fmt.Errorf("%w: it stands no more", ErrGone)
+		}
+		standing++
+	}
+	for _, tid := range ended {
+		if st, err := readStat(tid); err != nil || !st.dead() {
+			standing--
+		}
+	}
+	if info.threads != standing+len(ended) {
+		return fmt.Errorf("a thread %w", errNotStopped)
 	}
 	return nil
 }
@@ -891,7 +967,7 @@ func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
 			return known.present, known.nothing
 		}
 	}
-	present = slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return same(f, c.filter) })
+	present = c.among(filters)
 	if !c.opts.Force || c.opts.DryRun {
 		_, adds, err := c.filter.Adds(filters)
 		nothing = err == nil && !adds
@@ -977,7 +1053,7 @@ func (t *tracer) load(ctx context.Context) error {
 				}
 				continue
 			}
-			delete(t.failed, p.identity)
+			t.reached(p.identity)
 			loaded = append(loaded, p)
 		}
 		if len(left) == 0 {
@@ -1079,9 +1155,23 @@ func (t *tracer) release() {
 	t.tracers = append(t.tracers, t.tid)
 }
 
+// filters is how many each thread of a process has at least, 0 if it isn't known to have
+// the filter.
+func (c *campaign) filters(id identity) int { return max(c.covered[id], c.heirs[id]) }
+
+// reached forgets that a process could not be given the filter. It ran meanwhile, and what it
+// forked may look like an heir: it may have other filters, and another parent.
+func (c *campaign) reached(id identity) {
+	if c.failed[id] != nil {
+		delete(c.failed, id)
+		c.doubt = true
+	}
+}
+
 // lacking lists the processes of the scope that lack the filter. One that isn't known
 // has it if it was forked by one that has it: then each of its threads has at least as
-// many filters. One whose parent isn't known is asked for the most that any has.
+// many filters. One whose parent isn't known is asked for the most that any has. With doubt
+// there are no such heirs.
 func (c *campaign) lacking(tries int, found func(stat) error) (_ []stat, vanished bool, err error) {
 	all, vanished, err := c.scope.list(tries, found)
 	if err != nil {
@@ -1098,22 +1188,18 @@ func (c *campaign) lacking(tries int, found func(stat) error) (_ []stat, vanishe
 		out = out[:0]
 		for _, pid := range pids {
 			st := all[pid]
-			if _, ok := c.covered[st.identity]; ok {
+			if c.filters(st.identity) > 0 {
 				continue
 			}
 			want := most
 			if parent, ok := all[st.parent]; ok {
-				n, ok := c.covered[parent.identity]
-				if !ok {
-					n = 0
-				}
-				want = n
+				want = c.filters(parent.identity)
 			}
-			if want == 0 || !hasFilters(pid, want) {
+			if want == 0 || c.doubt || !hasFilters(pid, want) {
 				out = append(out, st)
 				continue
 			}
-			c.covered[st.identity] = want
+			c.heirs[st.identity] = want
 			again = true // its children may follow
 		}
 	}
@@ -1141,7 +1227,8 @@ func hasFilters(pid, want int) bool {
 // verify reads of every task of the scope whether it has the filter. Another pass is
 // needed where there is a process without.
 func (c *campaign) verify() (again bool, err error) {
-	for id, want := range c.covered {
+	for _, id := range slices.Concat(slices.Collect(maps.Keys(c.covered)), slices.Collect(maps.Keys(c.heirs))) {
+		want := c.filters(id)
 		st, err := readStat(id.pid)
 		if errors.Is(err, ErrGone) || err == nil && st.start != id.start {
 			continue
@@ -1161,8 +1248,12 @@ func (c *campaign) verify() (again bool, err error) {
 	lacking, _, err := c.lacking(triesLater, nil)
 	for id := range c.failed {
 		if st, err := readStat(id.pid); err != nil || st.identity != id {
-			delete(c.failed, id) // it has ended
+			c.reached(id) // it has ended
 		}
+	}
+	if c.doubt {
+		clear(c.heirs)
+		return err == nil, err
 	}
 	lacking = slices.DeleteFunc(lacking, func(st stat) bool { return c.failed[st.identity] != nil })
 	if err != nil || len(lacking) > 0 {

@@ -45,6 +45,7 @@ package inject
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -122,10 +123,12 @@ type Process struct {
 	// PerThread: a thread had filters of its own, so each thread that lacked it loaded it by
 	// itself.
 	PerThread bool `json:"perThread"`
-	// Present: each thread had this very filter already, and wasn't given it again.
+	// Present: each thread had this very filter already, and wasn't given it again. One
+	// that has more than 64 filters is: they aren't read.
 	Present bool `json:"present"`
 	// AddsNothing: the filters that each thread had deny all that this one does. False also
-	// where they can't be read, which takes CAP_SYS_ADMIN, and with Force.
+	// where they can't be read, which takes CAP_SYS_ADMIN, or are more than 64, and with
+	// Force.
 	AddsNothing bool `json:"addsNothing"`
 }
 
@@ -259,6 +262,7 @@ func newCampaign(s *scope, filter seccomp.Filter, opts Options) *campaign {
 	return &campaign{
 		scope: s, filter: filter, opts: opts, report: &Report{},
 		covered: map[identity]int{}, heirs: map[identity]int{}, failed: map[identity]error{},
+		nothing: map[[sha256.Size]byte]bool{},
 	}
 }
 
@@ -302,10 +306,11 @@ type campaign struct {
 	// heirs are others that were forked by those, by their number of filters.
 	heirs map[identity]int
 	// doubt: what ran without the filter may have forked what looks like an heir.
-	doubt  bool
-	chains []chain
-	loaded bool // in any process
-	again  bool // there is a process without the filter
+	doubt bool
+	// nothing says, by the digest of a task's filters, that the filter adds nothing to them.
+	nothing map[[sha256.Size]byte]bool
+	loaded  bool // in any process
+	again   bool // there is a process without the filter
 	// failed are those that Partial goes on without.
 	failed map[identity]error
 	// written is told that a task has the filter in its memory, and has yet to load it; a

@@ -550,6 +550,59 @@ func TestFilterOfOneThread(t *testing.T) {
 	}
 }
 
+// Many filters are not read, which takes the kernel long: the filter is loaded.
+func TestManyFilters(t *testing.T) {
+	needSuspend(t)
+	x := start(t, nil, "filters", strconv.Itoa(mostRead), "1")
+	for i := range 3 {
+		r := apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Force: true})
+		if p := r.Processes[0]; p.Present || p.FiltersAfter != x.before.filters+i+1 {
+			t.Errorf("report %+v, want %d filters", p, x.before.filters+i+1)
+		}
+	}
+	x.try(t, 1, unix.EPERM)
+}
+
+// A process that has all the filters that the kernel lets it have is named.
+func TestNoRoomForFilters(t *testing.T) {
+	needRoot(t)
+	x, other := start(t, nil, "filters", "7", "4090"), start(t, nil, "threads", "0")
+	calls := slices.Repeat([]uint32{unix.SYS_MKDIR}, 2046)
+	_, err := Filter(context60(t), Scope{PIDs: []int{x.pid, other.pid}}, denying(unix.SECCOMP_RET_ERRNO|uint32(unix.EPERM), calls...), Options{Partial: true, Force: true})
+	if !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), fmt.Sprintf("pid %d: ", x.pid)) {
+		t.Errorf("got %v, want ENOMEM of pid %d", err, x.pid)
+	}
+	x.try(t, 1, unix.ENOENT)
+	other.try(t, 1, unix.EPERM)
+}
+
+// What is found is looked at until ctx ends.
+func TestContextEndsWhileChecking(t *testing.T) {
+	x := start(t, nil, "threads", "0")
+	s, err := openScope(Scope{PIDs: []int{x.pid}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	c := newCampaign(s, denyMkdir(), Options{Timeout: patience})
+	err = onThread(func() error {
+		k := newTracer(c)
+		defer k.release()
+		if err := k.gather(context60(t)); err != nil {
+			return err
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		return k.check(ended)
+	})
+	c.letGo()
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "0 of 1 processes") {
+		t.Errorf("got %v, want that it was ended", err)
+	}
+	untouched(t, x.pid)
+	x.try(t, 1, unix.ENOENT)
+}
+
 // threadWith gives a thread that isn't the main one.
 func threadWith(t *testing.T, pid int, is func(status) bool) int {
 	t.Helper()

@@ -101,8 +101,12 @@ func rseqPointer(tid int) uintptr {
 	return uintptr(config.pointer) + 8
 }
 
+// mostRead is how many filters of a task are read. A process may have thousands, and the
+// kernel goes through all for each that is read.
+const mostRead = 64
+
 // errUnreadable: the filters of a task can't be had (no CAP_SYS_ADMIN, a filter on
-// this process, or a kernel without CONFIG_CHECKPOINT_RESTORE).
+// this process, or a kernel without CONFIG_CHECKPOINT_RESTORE), or are more than mostRead.
 var errUnreadable = errors.New("its filters can't be read")
 
 // filtersOf reads the filters of a stopped task, the oldest first, and says how many there
@@ -114,6 +118,9 @@ func filtersOf(tid int) (filters []seccomp.Filter, count int, err error) {
 	}
 	if info.seccomp != 2 {
 		return nil, 0, nil
+	}
+	if info.filters > mostRead {
+		return nil, info.filters, errUnreadable
 	}
 	for i := range info.filters {
 		f, err := filterOf(tid, i)

@@ -4,7 +4,6 @@ package inject
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -190,13 +189,23 @@ func (t *tracer) seccomp(p *process, k *task, at, flags uint64) (uint64, error) 
 // errChanged: who isn't stopped, and may write to the process's memory, did.
 var errChanged = errors.New("another process changed the filter while it was loaded")
 
-// holds is errChanged where the filter isn't among a task's, as far as they can be read.
+// holds is errChanged where the filter, which was loaded just now, isn't among a task's last
+// ones, as far as they can be read.
 func (t *tracer) holds(k *task) error {
-	filters, _, err := filtersOf(k.tid)
-	if errors.Is(err, errUnreadable) || err == nil && t.among(filters) {
-		return nil
+	info, err := readStatus(k.tid)
+	if err != nil {
+		return err
 	}
-	return cmp.Or(err, errChanged)
+	for i := info.filters - 1; i >= max(0, info.filters-mostRead); i-- {
+		f, err := filterOf(k.tid, i)
+		if errors.Is(err, errUnreadable) || err == nil && slices.Equal(f, t.filter) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errChanged
 }
 
 // among says whether the filter is one of these.

@@ -5,6 +5,7 @@ package inject
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -91,7 +92,7 @@ func (t *tracer) run(ctx context.Context) (err error) {
 		return err
 	}
 	t.doubt = false // what isn't known to have the filter stands, or is named
-	if err := t.check(); err != nil {
+	if err := t.check(ctx); err != nil {
 		return err
 	}
 	if t.opts.DryRun {
@@ -718,11 +719,14 @@ func essential(info status, threads int) map[string]uint32 {
 }
 
 // check looks at all tasks before any of them is given the filter.
-func (t *tracer) check() error {
+func (t *tracer) check(ctx context.Context) error {
 	var refusals []Refusal
 	adding := 0
 	processes := t.sorted()
-	for _, p := range processes {
+	for i, p := range processes {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("looked at %d of %d processes: %w", i, len(processes), err)
+		}
 		rs, err := t.checkProcess(p)
 		if errors.Is(err, ErrGone) || err != nil && t.opts.Partial {
 			continue // where it stays so, load tells
@@ -952,27 +956,25 @@ func (t *tracer) others(p *process) error {
 	return nil
 }
 
-// chain is what is known of filters that a process may have.
-type chain struct {
-	filters          []seccomp.Filter
-	present, nothing bool
-}
-
-// compare says of a chain of filters whether the filter is among them, and whether it
-// adds nothing to them. Tasks stand meanwhile, and most processes have the same chain.
+// compare says of a task's filters whether the filter is among them, and whether it adds
+// nothing to them, which nobody asks with Force.
 func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
-	same := func(a, b seccomp.Filter) bool { return slices.Equal(a, b) }
-	for _, known := range c.chains {
-		if slices.EqualFunc(known.filters, filters, same) {
-			return known.present, known.nothing
-		}
-	}
 	present = c.among(filters)
-	if !c.opts.Force || c.opts.DryRun {
+	if c.opts.Force && !c.opts.DryRun {
+		return present, false
+	}
+	// Tasks stand meanwhile, and most have the same.
+	h := sha256.New()
+	for _, f := range filters {
+		h.Write(program(f, 0))
+	}
+	key := [sha256.Size]byte(h.Sum(nil))
+	nothing, known := c.nothing[key]
+	if !known {
 		_, adds, err := c.filter.Adds(filters)
 		nothing = err == nil && !adds
+		c.nothing[key] = nothing
 	}
-	c.chains = append(c.chains, chain{filters, present, nothing})
 	return present, nothing
 }
 

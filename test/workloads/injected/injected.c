@@ -12,6 +12,7 @@
 //	                SIGUSR1 for "mark" and SIGUSR2 for "stats", without commands
 //	filtered WHAT   one with a filter that denies what an injection calls: errno or kill
 //	apart           a thread has a filter that the others haven't
+//	filters N LEN   one with N filters of LEN instructions that allow all
 //	same            the main thread has the filter that denies mkdir, another one that allows all
 //	heir            a thread that isn't the main one; "fork" makes a child with a filter that
 //	                allows all
@@ -533,6 +534,19 @@ int main(int argc, char **argv) {
 		if (read(answers[0], &e, sizeof e) != sizeof e)
 			die("read");
 		threads = 3;
+		commands();
+	} else if (!strcmp(mode, "filters") && argc > 3) {
+		static struct sock_filter code[BPF_MAXINSNS];
+		int n = atoi(argv[3]);
+		for (int i = 0; i < n - 1; i++)
+			code[i] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+		code[n - 1] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+		struct sock_fprog prog = {.len = n, .filter = code};
+		prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+		for (int i = 0; i < atoi(argv[2]); i++) {
+			if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &prog))
+				die("seccomp");
+		}
 		commands();
 	} else if (!strcmp(mode, "same")) {
 		const int calls[] = {SYS_mkdir};

@@ -86,7 +86,7 @@ func (r *ratchet) put(ctx context.Context, phase string) error {
 		select {
 		case got = <-done:
 		case <-time.After(ratchetGrace):
-			return fmt.Errorf("a task can't be stopped, as it waits for the program that it executes: %w", ctx.Err())
+			return fmt.Errorf("the injection goes on, and doesn't end within %v: a task may wait for the program that it executes: %w", ratchetGrace, ctx.Err())
 		}
 	}
 	if got.report != nil {

@@ -46,11 +46,8 @@ func Executing(ctx context.Context, dir string, tid int, filter seccomp.Filter, 
 	go func() {
 		defer close(done)
 		err := onThread(func() error {
-			c := &campaign{
-				scope:  &scope{Scope: Scope{PIDs: []int{info.tgid}}, followed: map[identity]bool{}},
-				filter: filter, opts: opts, report: &Report{}, covered: map[identity]int{}, failed: map[identity]error{},
-			}
-			return newTracer(c).executing(ctx, dir, info.tgid, tid, traced)
+			s := &scope{Scope: Scope{PIDs: []int{info.tgid}}, followed: map[identity]bool{}}
+			return newTracer(newCampaign(s, filter, opts)).executing(ctx, dir, info.tgid, tid, traced)
 		})
 		if err != nil {
 			done <- &TaskError{info.tgid, tid, err}

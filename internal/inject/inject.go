@@ -8,9 +8,15 @@
 // All tasks of the scope are stopped, and with each that is stopped what it may have
 // forked, until nothing is found that runs. A cgroup is frozen for that moment, so that
 // however fast its tasks fork and end, all are found at once. Then one task of each
-// process loads the filter for all threads (SECCOMP_FILTER_FLAG_TSYNC), the filter is
-// seen to be there in /proc, and every task goes on where it was. A call in which a task
-// was blocked is made again and is judged by the filter, as after any stop.
+// process loads the filter for all threads (SECCOMP_FILTER_FLAG_TSYNC), and every task goes
+// on where it was. A call in which a task was blocked is made again and is judged by the
+// filter, as after any stop.
+//
+// That a process has the filter is known by what is read of it, not by how many filters its
+// threads have, which they may choose: either TSYNC gave all threads the filters of the one
+// that loaded it, and it is among these; or it is among those of each thread, while all
+// threads stand. What such a process forks has it, too. Where filters can't be read (that
+// takes CAP_SYS_ADMIN) it is that the kernel loaded one.
 //
 // The system calls in order, for one process: PTRACE_SEIZE and PTRACE_INTERRUPT of
 // each thread; wait4; in one of them, with all signals blocked, mmap, seccomp (prctl
@@ -39,6 +45,7 @@ package inject
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -113,12 +120,15 @@ type Process struct {
 	// SetNoNewPrivs: it was needed, so programs with a set-user-ID bit or file
 	// capabilities give it nothing from now on.
 	SetNoNewPrivs bool `json:"setNoNewPrivs"`
-	// PerThread: a thread had filters of its own, so each thread loaded it by itself.
+	// PerThread: a thread had filters of its own, so each thread that lacked it loaded it by
+	// itself.
 	PerThread bool `json:"perThread"`
-	// Present: it had this very filter already, and wasn't given it again.
+	// Present: each thread had this very filter already, and wasn't given it again. One
+	// that has more than 64 filters is: they aren't read.
 	Present bool `json:"present"`
-	// AddsNothing: the filters that it had deny all that this one does. False also
-	// where they can't be read, which takes CAP_SYS_ADMIN, and with Force.
+	// AddsNothing: the filters that each thread had deny all that this one does. False also
+	// where they can't be read, which takes CAP_SYS_ADMIN, or are more than 64, and with
+	// Force.
 	AddsNothing bool `json:"addsNothing"`
 }
 
@@ -226,9 +236,9 @@ func (e *IncompleteError) Unwrap() error { return e.Err }
 
 const defaultTimeout = time.Minute
 
-// Filter loads a filter in every task of the scope. It returns when each has it, as
-// read from /proc, or an error; if that is none of an [IncompleteError], no task was
-// given the filter. When it returns no task is traced.
+// Filter loads a filter in every task of the scope. It returns when each has it, or an
+// error; if that is none of an [IncompleteError], no task was given the filter. When it
+// returns no task is traced.
 //
 // The end of ctx ends it between two processes. It doesn't while a task has foreign
 // registers: until these are restored, which is a matter of that task being given the
@@ -245,12 +255,24 @@ func Filter(ctx context.Context, scope Scope, filter seccomp.Filter, opts Option
 		return nil, err
 	}
 	defer s.close()
-	c := &campaign{scope: s, filter: filter, opts: opts, report: &Report{}, covered: map[identity]int{}, failed: map[identity]error{}}
-	deadline := time.Now().Add(opts.Timeout)
+	return newCampaign(s, filter, opts).run(ctx)
+}
+
+func newCampaign(s *scope, filter seccomp.Filter, opts Options) *campaign {
+	return &campaign{
+		scope: s, filter: filter, opts: opts, report: &Report{},
+		covered: map[identity]int{}, heirs: map[identity]int{}, failed: map[identity]error{},
+		nothing: map[[sha256.Size]byte]bool{},
+	}
+}
+
+// run makes passes until one finds that all is done.
+func (c *campaign) run(ctx context.Context) (*Report, error) {
+	deadline := time.Now().Add(c.opts.Timeout)
 	for {
 		err := onThread(func() error { return newTracer(c).run(ctx) })
 		c.letGo()
-		if err == nil && opts.DryRun {
+		if err == nil && c.opts.DryRun {
 			return c.report, nil
 		}
 		switch {
@@ -259,7 +281,7 @@ func Filter(ctx context.Context, scope Scope, filter seccomp.Filter, opts Option
 		case err == nil && !c.again:
 			return c.report, nil
 		case err == nil && time.Now().After(deadline):
-			err = fmt.Errorf("new processes without the filter keep coming for %v", opts.Timeout)
+			err = fmt.Errorf("new processes without the filter keep coming for %v", c.opts.Timeout)
 		case err == nil:
 			err = ctx.Err()
 		}
@@ -278,10 +300,15 @@ type campaign struct {
 	filter seccomp.Filter
 	opts   Options
 	report *Report
-	// covered are processes that have the filter, with the filters that each of their
-	// threads has at least.
+	// covered are processes of which each thread was seen to have the filter, with the
+	// filters that each has at least.
 	covered map[identity]int
-	chains  []chain
+	// heirs are others that were forked by those, by their number of filters.
+	heirs map[identity]int
+	// doubt: what ran without the filter may have forked what looks like an heir.
+	doubt bool
+	// nothing says, by the digest of a task's filters, that the filter adds nothing to them.
+	nothing map[[sha256.Size]byte]bool
 	loaded  bool // in any process
 	again   bool // there is a process without the filter
 	// failed are those that Partial goes on without.

@@ -532,6 +532,160 @@ func TestThreadsApart(t *testing.T) {
 	x.try(t, 4, unix.EPERM)
 }
 
+// A thread that has the filter says nothing of one that has as many.
+func TestFilterOfOneThread(t *testing.T) {
+	needSuspend(t)
+	x := start(t, nil, "same")
+	x.tell(t, "try")
+	if got := x.numbers(t); !slices.Equal(got, []int{1, 1, 0}) {
+		t.Fatalf("EPERM, ENOENT, other: got %v, want 1 1 0: the target doesn't make the filter", got)
+	}
+	r := apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Force: true})
+	if p := r.Processes[0]; p.Present || !p.PerThread || p.FiltersAfter != p.FiltersBefore {
+		t.Errorf("report %+v, want that the other thread loaded it", p)
+	}
+	x.try(t, 2, unix.EPERM)
+	if r := apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Force: true}); !r.Processes[0].Present {
+		t.Errorf("again: %+v, want that it is there", r.Processes[0])
+	}
+}
+
+// Many filters are not read, which takes the kernel long: the filter is loaded.
+func TestManyFilters(t *testing.T) {
+	needSuspend(t)
+	x := start(t, nil, "filters", strconv.Itoa(mostRead), "1")
+	for i := range 3 {
+		r := apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Force: true})
+		if p := r.Processes[0]; p.Present || p.FiltersAfter != x.before.filters+i+1 {
+			t.Errorf("report %+v, want %d filters", p, x.before.filters+i+1)
+		}
+	}
+	x.try(t, 1, unix.EPERM)
+}
+
+// A process that has all the filters that the kernel lets it have is named.
+func TestNoRoomForFilters(t *testing.T) {
+	needRoot(t)
+	x, other := start(t, nil, "filters", "7", "4090"), start(t, nil, "threads", "0")
+	calls := slices.Repeat([]uint32{unix.SYS_MKDIR}, 2046)
+	_, err := Filter(context60(t), Scope{PIDs: []int{x.pid, other.pid}}, denying(unix.SECCOMP_RET_ERRNO|uint32(unix.EPERM), calls...), Options{Partial: true, Force: true})
+	if !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), fmt.Sprintf("pid %d: ", x.pid)) {
+		t.Errorf("got %v, want ENOMEM of pid %d", err, x.pid)
+	}
+	x.try(t, 1, unix.ENOENT)
+	other.try(t, 1, unix.EPERM)
+}
+
+// What is found is looked at until ctx ends.
+func TestContextEndsWhileChecking(t *testing.T) {
+	x := start(t, nil, "threads", "0")
+	s, err := openScope(Scope{PIDs: []int{x.pid}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	c := newCampaign(s, denyMkdir(), Options{Timeout: patience})
+	err = onThread(func() error {
+		k := newTracer(c)
+		defer k.release()
+		if err := k.gather(context60(t)); err != nil {
+			return err
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		return k.check(ended)
+	})
+	c.letGo()
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "0 of 1 processes") {
+		t.Errorf("got %v, want that it was ended", err)
+	}
+	untouched(t, x.pid)
+	x.try(t, 1, unix.ENOENT)
+}
+
+// threadWith gives a thread that isn't the main one.
+func threadWith(t *testing.T, pid int, is func(status) bool) int {
+	t.Helper()
+	tids, err := threadsOf(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tid := range tids {
+		if s, err := readStatus(tid); tid != pid && err == nil && is(s) {
+			return tid
+		}
+	}
+	t.Fatalf("no such thread of %d", pid)
+	return 0
+}
+
+// A thread that another traces isn't stopped. Where it has filters of its own no other can
+// load one for it, and it is named.
+func TestThreadTracedByAnother(t *testing.T) {
+	needSuspend(t)
+	x := start(t, nil, "apart")
+	apart := threadWith(t, x.pid, func(s status) bool { return s.filters > x.before.filters })
+	got, tracer, in := asHelper(t, fmt.Sprint("trace ", apart), nil)
+	if got != "ok" {
+		t.Fatal(got)
+	}
+	for range 2 {
+		_, err := Filter(context60(t), Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Partial: true, Force: true})
+		var traced *TracedError
+		if !errors.As(err, &traced) || !strings.Contains(err.Error(), fmt.Sprintf("pid %d: thread %d: is being traced", x.pid, apart)) {
+			t.Errorf("got %v, want that thread %d of %d is traced", err, apart, x.pid)
+		}
+		// The others have it, once.
+		x.tell(t, "try")
+		if got := x.numbers(t); !slices.Equal(got, []int{3, 1, 0}) {
+			t.Errorf("EPERM, ENOENT, other: got %v, want 3 1 0", got)
+		}
+		hasFiltersNow(t, x.before.filters+1, x.pid)
+	}
+	in.Close()
+	if err := tracer.Wait(); err != nil {
+		t.Error(err)
+	}
+	apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Partial: true, Force: true})
+	x.try(t, 4, unix.EPERM)
+	hasFiltersNow(t, x.before.filters+1, x.pid)
+}
+
+// Where it has the filters that the others have, one of these loads it for it. What it
+// forked until then, and gave a filter that is another, is no heir.
+func TestThreadTracedByAnotherForks(t *testing.T) {
+	needSuspend(t)
+	x := start(t, nil, "heir")
+	got, tracer, in := asHelper(t, fmt.Sprint("trace ", threadWith(t, x.pid, func(status) bool { return true })), nil)
+	if got != "ok" {
+		t.Fatal(got)
+	}
+	s, err := openScope(Scope{PIDs: []int{x.pid}, Tree: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	c := newCampaign(s, denyMkdir(), Options{Timeout: patience, Partial: true, Force: true})
+	c.written = func(int, uint64) {
+		c.written = nil
+		x.tell(t, "fork")
+		x.numbers(t)
+	}
+	r, err := c.run(context60(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Processes) != 2 || r.Processes[0].PID != x.pid {
+		t.Errorf("report %+v, want both", r)
+	}
+	x.try(t, 2, unix.EPERM)
+	hasFiltersNow(t, x.before.filters+1, x.pid)
+	in.Close()
+	if err := tracer.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
 func asNobody(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 }
@@ -724,7 +878,7 @@ func TestFilterChangedMeanwhile(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer s.close()
-		c := &campaign{scope: s, filter: denyMkdir(), opts: Options{Timeout: patience}, report: &Report{}, covered: map[identity]int{}, failed: map[identity]error{}}
+		c := newCampaign(s, denyMkdir(), Options{Timeout: patience})
 		c.written = func(_ int, at uint64) {
 			allow := program(seccomp.AllowAllFilter(), at)
 			local := []unix.Iovec{{Base: &allow[0], Len: uint64(len(allow))}}

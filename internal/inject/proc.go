@@ -109,6 +109,7 @@ type status struct {
 	state      string // "S (sleeping)"
 	tgid       int
 	tracer     int
+	threads    int // of its process, with those that have ended and are not reaped
 	uids       string
 	kernel     bool
 	noNewPrivs bool
@@ -127,7 +128,7 @@ func readStatus(tid int) (status, error) {
 
 func parseStatus(text string) (status, error) {
 	var s status
-	numbers := map[string]*int{"Tgid": &s.tgid, "TracerPid": &s.tracer, "Seccomp": &s.seccomp, "Seccomp_filters": &s.filters}
+	numbers := map[string]*int{"Tgid": &s.tgid, "TracerPid": &s.tracer, "Threads": &s.threads, "Seccomp": &s.seccomp, "Seccomp_filters": &s.filters}
 	found := 0
 	memory := false
 	for line := range strings.Lines(text) {
@@ -161,7 +162,7 @@ func parseStatus(text string) (status, error) {
 		}
 	}
 	if found != len(numbers) {
-		return status{}, errors.New("status: no Tgid, TracerPid, Seccomp or Seccomp_filters line: the kernel needs CONFIG_SECCOMP_FILTER and version 5.9")
+		return status{}, errors.New("status: no Tgid, TracerPid, Threads, Seccomp or Seccomp_filters line: the kernel needs CONFIG_SECCOMP_FILTER and version 5.9")
 	}
 	// Before 6.10 there is no Kthread line. They alone have no memory and live.
 	s.kernel = s.kernel || !memory && !strings.HasPrefix(s.state, "Z") && !strings.HasPrefix(s.state, "X")

@@ -62,9 +62,14 @@ func getRegs(tid int, regs *unix.PtraceRegs) error {
 // stands says whether a traced task is stopped where it can be given other registers,
 // and not within a call that reports an event.
 func stands(tid int) bool {
-	var info unix.Siginfo
+	info, stopped := stopOf(tid)
+	return stopped && info.Code>>8 == eventStop
+}
+
+// stopOf is of a task that this thread traces, and that is stopped: no other has its number.
+func stopOf(tid int) (info unix.Siginfo, stopped bool) {
 	_, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_GETSIGINFO, uintptr(tid), 0, uintptr(unsafe.Pointer(&info)), 0, 0)
-	return errno == 0 && info.Code>>8 == eventStop
+	return info, errno == 0
 }
 
 func getSigmask(tid int) (mask uint64, err error) {
@@ -96,25 +101,58 @@ func rseqPointer(tid int) uintptr {
 	return uintptr(config.pointer) + 8
 }
 
+// mostRead is how many filters of a task are read. A process may have thousands, and the
+// kernel goes through all for each that is read.
+const mostRead = 64
+
 // errUnreadable: the filters of a task can't be had (no CAP_SYS_ADMIN, a filter on
-// this process, or a kernel without CONFIG_CHECKPOINT_RESTORE).
+// this process, or a kernel without CONFIG_CHECKPOINT_RESTORE), or are more than mostRead.
 var errUnreadable = errors.New("its filters can't be read")
 
-// filtersOf reads the filters of a stopped task.
-func filtersOf(tid, count int) ([]seccomp.Filter, error) {
-	var out []seccomp.Filter
-	buf := make([]unix.SockFilter, unix.BPF_MAXINSNS)
-	for i := range count {
-		n, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_SECCOMP_GET_FILTER, uintptr(tid), uintptr(i), uintptr(unsafe.Pointer(&buf[0])), 0, 0)
-		if errno == unix.ENOENT {
-			break
-		}
-		if errno != 0 || n > uintptr(len(buf)) {
-			return nil, errUnreadable
-		}
-		out = append(out, append(seccomp.Filter(nil), buf[:n]...))
+// filtersOf reads the filters of a stopped task, the oldest first, and says how many there
+// are.
+func filtersOf(tid int) (filters []seccomp.Filter, count int, err error) {
+	info, err := readStatus(tid)
+	if err != nil {
+		return nil, 0, err
 	}
-	return out, nil
+	if info.seccomp != 2 {
+		return nil, 0, nil
+	}
+	if info.filters > mostRead {
+		return nil, info.filters, errUnreadable
+	}
+	for i := range info.filters {
+		f, err := filterOf(tid, i)
+		if err != nil {
+			return nil, info.filters, err
+		}
+		filters = append(filters, f)
+	}
+	return filters, info.filters, nil
+}
+
+// filterOf reads one filter of a stopped task; 0 is the oldest.
+func filterOf(tid, i int) (seccomp.Filter, error) {
+	get := func(to unsafe.Pointer) (uintptr, error) {
+		n, _, errno := unix.RawSyscall6(unix.SYS_PTRACE, unix.PTRACE_SECCOMP_GET_FILTER, uintptr(tid), uintptr(i), uintptr(to), 0, 0)
+		switch {
+		case errno == unix.ESRCH:
+			return 0, gone(errno)
+		case errno != 0:
+			return 0, errUnreadable
+		}
+		return n, nil
+	}
+	n, err := get(nil) // instructions
+	if err != nil {
+		return nil, err
+	}
+	f := make(seccomp.Filter, max(n, 1))
+	if _, err = get(unsafe.Pointer(&f[0])); err != nil {
+		return nil, err
+	}
+	return f[:n], nil
 }
 
 // program is struct sock_fprog at an address of the target, with the filter after it.

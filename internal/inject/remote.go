@@ -38,7 +38,7 @@ func (t *tracer) inject(p *process, first *task) (err error) {
 	}
 	done := p.report()
 	if p.present {
-		t.covered[p.identity] = p.info.filters
+		t.covered[p.identity] = p.least
 		t.loaded = true
 		t.report.Processes = append(t.report.Processes, done)
 		return nil
@@ -93,7 +93,8 @@ func (t *tracer) flags() uint64 {
 	return 0
 }
 
-// loadAll loads it for all threads, or for none.
+// loadAll loads it for all threads, or for none: if the kernel does it, each has all filters
+// of the one that loads it.
 func (t *tracer) loadAll(p *process, k *task, at uint64, done *Process) error {
 	r, err := t.seccomp(p, k, at, unix.SECCOMP_FILTER_FLAG_TSYNC|t.flags())
 	if err != nil {
@@ -108,16 +109,26 @@ func (t *tracer) loadAll(p *process, k *task, at uint64, done *Process) error {
 	return nil
 }
 
-// loadEach loads it in one thread after the other; all are stopped.
+// loadEach loads it in one thread after the other, where it isn't yet; all are stopped, but
+// those that another traces.
 func (t *tracer) loadEach(p *process, first *task, at uint64, done *Process) error {
 	done.PerThread = true
 	least := 0
+	has := func(filters int) {
+		if least == 0 || filters < least {
+			least = filters
+		}
+	}
 	for _, k := range slices.SortedFunc(maps.Values(p.tasks), func(a, b *task) int { return a.tid - b.tid }) {
 		if k.dead {
 			continue
 		}
-		info, err := readStatus(k.tid)
-		if err != nil {
+		filters, count, err := filtersOf(k.tid)
+		if errors.Is(err, ErrGone) {
+			continue // others sees to it
+		}
+		if err == nil && t.among(filters) {
+			has(count)
 			continue
 		}
 		if k != first {
@@ -135,15 +146,17 @@ func (t *tracer) loadEach(p *process, first *task, at uint64, done *Process) err
 		if err != nil {
 			return fmt.Errorf("thread %d: %w", k.tid, err)
 		}
-		t.loaded = true
-		if least == 0 || info.filters+1 < least {
-			least = info.filters + 1
+		has(count + 1)
+		if k == first {
+			done.FiltersAfter = count + 1
 		}
 	}
 	if least == 0 {
 		return ErrGone
 	}
-	done.FiltersAfter = done.FiltersBefore + 1
+	if err := t.others(p); err != nil {
+		return err
+	}
 	t.covered[p.identity] = least
 	return nil
 }
@@ -176,17 +189,28 @@ func (t *tracer) seccomp(p *process, k *task, at, flags uint64) (uint64, error) 
 // errChanged: who isn't stopped, and may write to the process's memory, did.
 var errChanged = errors.New("another process changed the filter while it was loaded")
 
-// holds is errChanged where the filter isn't among a task's, as far as they can be read.
+// holds is errChanged where the filter, which was loaded just now, isn't among a task's last
+// ones, as far as they can be read.
 func (t *tracer) holds(k *task) error {
 	info, err := readStatus(k.tid)
 	if err != nil {
 		return err
 	}
-	filters, err := filtersOf(k.tid, info.filters)
-	if err == nil && !slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return slices.Equal(f, t.filter) }) {
-		return errChanged
+	for i := info.filters - 1; i >= max(0, info.filters-mostRead); i-- {
+		f, err := filterOf(k.tid, i)
+		if errors.Is(err, errUnreadable) || err == nil && slices.Equal(f, t.filter) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return nil
+	return errChanged
+}
+
+// among says whether the filter is one of these.
+func (c *campaign) among(filters []seccomp.Filter) bool {
+	return slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return slices.Equal(f, c.filter) })
 }
 
 // begin readies a stopped task for calls that are not its own. From here until end the

@@ -5,6 +5,7 @@ package inject
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -46,8 +47,8 @@ type process struct {
 	command string
 	tasks   map[int]*task
 	info    status // of the task that was looked at
-	chain   []seccomp.Filter
-	unread  bool // chain is not known
+	least   int    // filters that each thread has
+	unread  bool   // the filters are not known
 	present bool
 	nothing bool // the filter adds nothing
 	apart   bool // the threads' filters differ: each loads its own
@@ -90,7 +91,8 @@ func (t *tracer) run(ctx context.Context) (err error) {
 	if err := t.gather(ctx); err != nil {
 		return err
 	}
-	if err := t.check(); err != nil {
+	t.doubt = false // what isn't known to have the filter stands, or is named
+	if err := t.check(ctx); err != nil {
 		return err
 	}
 	if t.opts.DryRun {
@@ -195,19 +197,22 @@ func (t *tracer) seizeNew() error {
 	// Before any process has the filter, nothing of the scope runs once all are stopped,
 	// so that nothing ends either. What does was forked by one that isn't known, and may
 	// have forked another. In a tree it may have been anything on the host.
+	unknown := !t.loaded || t.doubt
 	tries := triesLater
-	if !t.loaded {
-		tries = triesFirst
-	}
 	var found func(stat) error
-	if !t.loaded {
-		found = t.seizeProcess
+	if unknown {
+		tries, found = triesFirst, func(st stat) error {
+			if t.filters(st.identity) > 0 {
+				return nil
+			}
+			return t.seizeProcess(st)
+		}
 	}
 	lacking, vanished, err := t.lacking(tries, found)
 	if err != nil {
 		return err
 	}
-	if vanished && !t.loaded && t.scope.Cgroup != "" {
+	if vanished && unknown && t.scope.Cgroup != "" {
 		t.changes++
 	}
 	for _, st := range lacking {
@@ -383,8 +388,7 @@ func (t *tracer) whyNot(st stat, tid int, err error) error {
 		return nil
 	}
 	if info.tracer != 0 {
-		by, _ := readStat(info.tracer)
-		return &TracedError{info.tracer, by.command}
+		return traced(info.tracer)
 	}
 	if info.kernel {
 		return ErrKernelThread
@@ -393,6 +397,11 @@ func (t *tracer) whyNot(st stat, tid int, err error) error {
 		return fmt.Errorf("PTRACE_SEIZE: %w", err)
 	}
 	return fmt.Errorf("%w: PTRACE_SEIZE: %w (%s)", ErrPermission, err, permission(info))
+}
+
+func traced(by int) error {
+	st, _ := readStat(by)
+	return &TracedError{by, st.command}
 }
 
 // permission says what ptrace(2) wants of the tracer.
@@ -710,11 +719,14 @@ func essential(info status, threads int) map[string]uint32 {
 }
 
 // check looks at all tasks before any of them is given the filter.
-func (t *tracer) check() error {
+func (t *tracer) check(ctx context.Context) error {
 	var refusals []Refusal
 	adding := 0
 	processes := t.sorted()
-	for _, p := range processes {
+	for i, p := range processes {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("looked at %d of %d processes: %w", i, len(processes), err)
+		}
 		rs, err := t.checkProcess(p)
 		if errors.Is(err, ErrGone) || err != nil && t.opts.Partial {
 			continue // where it stays so, load tells
@@ -849,54 +861,120 @@ func (t *tracer) judge(p *process, k *task, regs unix.PtraceRegs, waits bool) ([
 	return out, nil
 }
 
-// examine learns what filters a process has.
+// examine learns what filters a process has. What it says of all threads was read of each:
+// of others with as many filters, these may be others.
 func (t *tracer) examine(p *process, k *task) (err error) {
 	if p.info, err = readStatus(k.tid); err != nil {
 		return err
 	}
-	switch p.info.seccomp {
-	case 1:
+	if p.info.seccomp == 1 {
 		return &TaskError{p.pid, k.tid, errors.New("is in seccomp's strict mode, which takes no filter")}
-	case 2:
-		if p.chain, err = filtersOf(k.tid, p.info.filters); err != nil {
-			p.unread = true
+	}
+	p.unread, p.present, p.nothing, p.least = false, true, true, p.info.filters
+	look := func(of *task) {
+		if of.running {
+			p.present, p.nothing = false, false
+			return
+		}
+		filters, count, err := filtersOf(of.tid)
+		if err != nil {
+			p.unread, p.present, p.nothing = !errors.Is(err, ErrGone), false, false
+			return
+		}
+		present, nothing := t.compare(filters)
+		p.present, p.nothing, p.least = p.present && present, p.nothing && nothing, min(p.least, count)
+	}
+	look(k)
+	for _, other := range p.tasks {
+		if !p.present && !p.nothing {
 			return nil
 		}
+		if other != k && !other.dead {
+			look(other)
+		}
 	}
-	p.present, p.nothing = t.compare(p.chain)
-	for _, other := range p.tasks {
-		if other.dead || other == k {
-			continue
-		}
-		info, err := readStatus(other.tid)
-		if err == nil && info.filters != p.info.filters {
-			p.present, p.nothing = false, false
-		}
+	if t.others(p) != nil {
+		p.present, p.nothing = false, false
 	}
 	return nil
 }
 
-// chain is what is known of filters that a process may have.
-type chain struct {
-	filters          []seccomp.Filter
-	present, nothing bool
-}
+// errNotStopped: nobody traces it, and it runs.
+var errNotStopped = errors.New("isn't stopped")
 
-// compare says of a chain of filters whether the filter is among them, and whether it
-// adds nothing to them. Tasks stand meanwhile, and most processes have the same chain.
-func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
-	same := func(a, b seccomp.Filter) bool { return slices.Equal(a, b) }
-	for _, known := range c.chains {
-		if slices.EqualFunc(known.filters, filters, same) {
-			return known.present, known.nothing
+// others is an error unless the threads of a process that live are all among its tasks,
+// and stand: those of others may have other filters, and start more. Lists of threads that come
+// and go have gaps, so the kernel's own count decides, which is one moment's: what stands
+// before and after it was in it.
+func (t *tracer) others(p *process) error {
+	tids, err := threadsOf(p.pid)
+	if err != nil {
+		return err
+	}
+	var ended []int // of which the main thread's is there as long as the process
+	for _, tid := range tids {
+		if k := p.tasks[tid]; k != nil && !k.dead {
+			continue
+		}
+		st, err := readStat(tid)
+		switch {
+		case errors.Is(err, ErrGone):
+		case err != nil:
+			return err
+		case st.dead():
+			ended = append(ended, tid)
+		default:
+			err := errNotStopped
+			if by := tracerOf(tid); by != 0 {
+				err = traced(by)
+			}
+			return fmt.Errorf("thread %d: %w", tid, err)
 		}
 	}
-	present = slices.ContainsFunc(filters, func(f seccomp.Filter) bool { return same(f, c.filter) })
-	if !c.opts.Force || c.opts.DryRun {
+	info, err := readStatus(p.pid)
+	if err != nil {
+		return err
+	}
+	standing := 0
+	for _, k := range p.tasks {
+		if k.dead {
+			continue
+		}
+		if _, stopped := stopOf(k.tid); k.running || !stopped {
+			return fmt.Errorf("%w: it stands no more", ErrGone)
+		}
+		standing++
+	}
+	for _, tid := range ended {
+		if st, err := readStat(tid); err != nil || !st.dead() {
+			standing--
+		}
+	}
+	if info.threads != standing+len(ended) {
+		return fmt.Errorf("a thread %w", errNotStopped)
+	}
+	return nil
+}
+
+// compare says of a task's filters whether the filter is among them, and whether it adds
+// nothing to them, which nobody asks with Force.
+func (c *campaign) compare(filters []seccomp.Filter) (present, nothing bool) {
+	present = c.among(filters)
+	if c.opts.Force && !c.opts.DryRun {
+		return present, false
+	}
+	// Tasks stand meanwhile, and most have the same.
+	h := sha256.New()
+	for _, f := range filters {
+		h.Write(program(f, 0))
+	}
+	key := [sha256.Size]byte(h.Sum(nil))
+	nothing, known := c.nothing[key]
+	if !known {
 		_, adds, err := c.filter.Adds(filters)
 		nothing = err == nil && !adds
+		c.nothing[key] = nothing
 	}
-	c.chains = append(c.chains, chain{filters, present, nothing})
 	return present, nothing
 }
 
@@ -977,7 +1055,7 @@ func (t *tracer) load(ctx context.Context) error {
 				}
 				continue
 			}
-			delete(t.failed, p.identity)
+			t.reached(p.identity)
 			loaded = append(loaded, p)
 		}
 		if len(left) == 0 {
@@ -1079,9 +1157,23 @@ func (t *tracer) release() {
 	t.tracers = append(t.tracers, t.tid)
 }
 
+// filters is how many each thread of a process has at least, 0 if it isn't known to have
+// the filter.
+func (c *campaign) filters(id identity) int { return max(c.covered[id], c.heirs[id]) }
+
+// reached forgets that a process could not be given the filter. It ran meanwhile, and what it
+// forked may look like an heir: it may have other filters, and another parent.
+func (c *campaign) reached(id identity) {
+	if c.failed[id] != nil {
+		delete(c.failed, id)
+		c.doubt = true
+	}
+}
+
 // lacking lists the processes of the scope that lack the filter. One that isn't known
 // has it if it was forked by one that has it: then each of its threads has at least as
-// many filters. One whose parent isn't known is asked for the most that any has.
+// many filters. One whose parent isn't known is asked for the most that any has. With doubt
+// there are no such heirs.
 func (c *campaign) lacking(tries int, found func(stat) error) (_ []stat, vanished bool, err error) {
 	all, vanished, err := c.scope.list(tries, found)
 	if err != nil {
@@ -1098,22 +1190,18 @@ func (c *campaign) lacking(tries int, found func(stat) error) (_ []stat, vanishe
 		out = out[:0]
 		for _, pid := range pids {
 			st := all[pid]
-			if _, ok := c.covered[st.identity]; ok {
+			if c.filters(st.identity) > 0 {
 				continue
 			}
 			want := most
 			if parent, ok := all[st.parent]; ok {
-				n, ok := c.covered[parent.identity]
-				if !ok {
-					n = 0
-				}
-				want = n
+				want = c.filters(parent.identity)
 			}
-			if want == 0 || !hasFilters(pid, want) {
+			if want == 0 || c.doubt || !hasFilters(pid, want) {
 				out = append(out, st)
 				continue
 			}
-			c.covered[st.identity] = want
+			c.heirs[st.identity] = want
 			again = true // its children may follow
 		}
 	}
@@ -1141,7 +1229,8 @@ func hasFilters(pid, want int) bool {
 // verify reads of every task of the scope whether it has the filter. Another pass is
 // needed where there is a process without.
 func (c *campaign) verify() (again bool, err error) {
-	for id, want := range c.covered {
+	for _, id := range slices.Concat(slices.Collect(maps.Keys(c.covered)), slices.Collect(maps.Keys(c.heirs))) {
+		want := c.filters(id)
 		st, err := readStat(id.pid)
 		if errors.Is(err, ErrGone) || err == nil && st.start != id.start {
 			continue
@@ -1161,8 +1250,12 @@ func (c *campaign) verify() (again bool, err error) {
 	lacking, _, err := c.lacking(triesLater, nil)
 	for id := range c.failed {
 		if st, err := readStat(id.pid); err != nil || st.identity != id {
-			delete(c.failed, id) // it has ended
+			c.reached(id) // it has ended
 		}
+	}
+	if c.doubt {
+		clear(c.heirs)
+		return err == nil, err
 	}
 	lacking = slices.DeleteFunc(lacking, func(st stat) bool { return c.failed[st.identity] != nil })
 	if err != nil || len(lacking) > 0 {

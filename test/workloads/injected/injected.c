@@ -12,6 +12,10 @@
 //	                SIGUSR1 for "mark" and SIGUSR2 for "stats", without commands
 //	filtered WHAT   one with a filter that denies what an injection calls: errno or kill
 //	apart           a thread has a filter that the others haven't
+//	filters N LEN   one with N filters of LEN instructions that allow all
+//	same            the main thread has the filter that denies mkdir, another one that allows all
+//	heir            a thread that isn't the main one; "fork" makes a child with a filter that
+//	                allows all
 //	leaderless      the main thread has ended
 //	vfork           its vfork child has executed nothing, until "go"
 //	exec            a thread that isn't the main one executes this program, again and again
@@ -422,10 +426,35 @@ static void *apart(void *arg) {
 	return worker(arg);
 }
 
+static void *allows(void *arg) {
+	own_filter(SECCOMP_RET_ALLOW, 0, 0);
+	return worker(arg);
+}
+
 static void *leader(void *arg) {
 	(void)arg;
 	commands();
 	return 0;
+}
+
+// heirs has a child that looks as if it had one filter more, when it is told.
+static void *heirs(void *arg) {
+	pid_t self = getpid();
+	dprintf(1, "%d\n", self);
+	line();
+	pid_t child = fork();
+	if (child < 0)
+		die("fork");
+	if (child == 0) {
+		with_parent(self);
+		allows(0);
+		_exit(0);
+	}
+	int e;
+	if (read(answers[0], &e, sizeof e) != sizeof e)
+		die("read");
+	threads = 1;
+	return leader(arg);
 }
 
 static void *execs(void *arg) {
@@ -506,6 +535,37 @@ int main(int argc, char **argv) {
 			die("read");
 		threads = 3;
 		commands();
+	} else if (!strcmp(mode, "filters") && argc > 3) {
+		static struct sock_filter code[BPF_MAXINSNS];
+		int n = atoi(argv[3]);
+		for (int i = 0; i < n - 1; i++)
+			code[i] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+		code[n - 1] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+		struct sock_fprog prog = {.len = n, .filter = code};
+		prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+		for (int i = 0; i < atoi(argv[2]); i++) {
+			if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &prog))
+				die("seccomp");
+		}
+		commands();
+	} else if (!strcmp(mode, "same")) {
+		const int calls[] = {SYS_mkdir};
+		pthread_t t;
+		barrier(1);
+		if ((errno = pthread_create(&t, 0, allows, 0)))
+			die("pthread_create");
+		int e;
+		if (read(answers[0], &e, sizeof e) != sizeof e)
+			die("read");
+		threads = 1;
+		own_filter(SECCOMP_RET_ERRNO | EPERM, calls, 1);
+		commands();
+	} else if (!strcmp(mode, "heir")) {
+		pthread_t t;
+		barrier(1);
+		if ((errno = pthread_create(&t, 0, heirs, 0)))
+			die("pthread_create");
+		idle(0);
 	} else if (!strcmp(mode, "leaderless")) {
 		pthread_t t;
 		start_threads(3, 0);

@@ -454,6 +454,12 @@ func TestLeaderHasEnded(t *testing.T) {
 	eventually(t, "leader dead", func() bool { st, err := readStat(x.pid); return err == nil && st.dead() })
 	apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{})
 	x.try(t, 4, unix.EPERM)
+	if Able() != nil {
+		return // filters can't be read
+	}
+	if r := apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{Force: true}); !r.Processes[0].Present {
+		t.Errorf("again: %+v, want that all that live have it", r.Processes[0])
+	}
 }
 
 // A parent in vfork can't be stopped until its child executes something.

@@ -143,11 +143,17 @@ func (t *tracer) gather(ctx context.Context) error {
 			return err
 		}
 	}
-	for {
+	for ended := -1; ; {
 		before := t.changes
 		t.report.Scans++
 		if err := t.seizeNew(); err != nil {
 			return err
+		}
+		if ended < 0 {
+			ended = len(t.scope.ended) // zombies, for all that is known
+		}
+		if n := len(t.scope.ended) - ended; n > mostEnded {
+			return fmt.Errorf("%w, of which %d have ended before they could be stopped: limit them with pids.max, or give the filter to a cgroup", errComeOn, n)
 		}
 		if err := t.settle(ctx, nil); err != nil {
 			return err
@@ -189,14 +195,21 @@ func (t *tracer) seizeFrozen(ctx context.Context) error {
 }
 
 func (t *tracer) comeOn() error {
-	return fmt.Errorf("new processes keep coming for %v: limit them with pids.max", t.opts.Timeout)
+	return fmt.Errorf("%w for %v: limit them with pids.max", errComeOn, t.opts.Timeout)
 }
+
+var errComeOn = errors.New("new processes keep coming")
+
+// mostEnded of a tree may be seen that fork and end before they are stopped. One that
+// follows the other can outrun any list of /proc, and leaves its parent, which stands,
+// more and more to reap.
+const mostEnded = 1000
 
 func (t *tracer) seizeNew() error {
 	t.busy = 0
 	// Before any process has the filter, nothing of the scope runs once all are stopped,
 	// so that nothing ends either. What does was forked by one that isn't known, and may
-	// have forked another. In a tree it may have been anything on the host.
+	// have forked another.
 	unknown := !t.loaded || t.doubt
 	tries := triesLater
 	var found func(stat) error
@@ -208,11 +221,13 @@ func (t *tracer) seizeNew() error {
 			return t.seizeProcess(st)
 		}
 	}
+	ended := len(t.scope.ended)
 	lacking, vanished, err := t.lacking(tries, found)
 	if err != nil {
 		return err
 	}
-	if vanished && unknown && t.scope.Cgroup != "" {
+	// In a tree it may have been anything on the host, if it isn't seen any more.
+	if unknown && (vanished && t.scope.Cgroup != "" || len(t.scope.ended) > ended) {
 		t.changes++
 	}
 	for _, st := range lacking {
@@ -243,7 +258,7 @@ func (t *tracer) seizeProcess(st stat) error {
 		if errors.Is(err, ErrGone) {
 			// It may have left a child that the list was too early for. A main thread
 			// that ended before the others is nothing new.
-			if now, err := readStat(tid); err != nil || !now.dead() {
+			if now, err := readStat(tid); err != nil || !now.dead() || !hasLiveThread(st.pid) {
 				t.changes++
 			}
 			continue

@@ -5,7 +5,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -20,20 +23,79 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
-// time, and is the last of its phase.
-func TestLimitsThatHang(t *testing.T) {
-	g := newGroup(t)
-	pid, _ := occupy(t, g)
-	scores := map[string]int{"a": 100, "b": 200, "c": 300}
+// limited is an instance with an oom_score_adj by phase.
+func limited(g *cgroup.Group, pid int, scores map[string]int) *instance {
 	in := &instance{CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}
 	in.Container.ID, in.Container.PID = "c1", pid
 	in.Decision.Phases = &policy.Phases{}
 	for name, score := range scores {
 		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, policy.Phase{Phase: profiles.Phase{Name: name}, Limits: policy.Limits{OOMScoreAdj: &score}})
 	}
-	p := &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}
 	in.limits.begin(nil)
+	return in
+}
+
+func newLimiting(t *testing.T) *phasing {
+	return &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}
+}
+
+// TestLimitsOfAnother: what has a container's pid, and is not the container's, has its
+// limits neither set nor read.
+func TestLimitsOfAnother(t *testing.T) {
+	const score = 300
+	g, other := newGroup(t), newGroup(t)
+	p := newLimiting(t)
+	// again has pid be another's, unless a third has taken it.
+	again := func(pid int) bool {
+		for range 100 {
+			if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0); err != nil {
+				t.Fatal(err)
+			}
+			is, stop := occupy(t, other)
+			if is == pid {
+				return true
+			}
+			stop()
+		}
+		return false
+	}
+	reused := false
+	for range 5 {
+		pid, stop := occupy(t, g)
+		in := limited(g, pid, map[string]int{"a": score})
+		in.limits.write = func(kernelHost, *cgroup.Process, adjust.Expectation) error {
+			stop()
+			if reused = again(pid); !reused {
+				return nil
+			}
+			return writeFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), strconv.Itoa(score))
+		}
+		if err := p.setLimits(t.Context(), in, "a"); !errors.Is(err, cgroup.ErrGone) {
+			t.Errorf("ended meanwhile: %v", err)
+		}
+		if !reused {
+			continue
+		}
+		in.limits.write = func(kernelHost, *cgroup.Process, adjust.Expectation) error {
+			t.Error("written")
+			return nil
+		}
+		if err := p.setLimits(t.Context(), in, "a"); err == nil || !strings.Contains(err.Error(), "not in the container's cgroup") {
+			t.Errorf("another process: %v", err)
+		}
+		return
+	}
+	t.Fatal("no process got the pid of another")
+}
+
+// TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
+// time, and is the last of its phase.
+func TestLimitsThatHang(t *testing.T) {
+	g := newGroup(t)
+	pid, _ := occupy(t, g)
+	scores := map[string]int{"a": 100, "b": 200, "c": 300}
+	in := limited(g, pid, scores)
+	p := newLimiting(t)
 	var (
 		mu      sync.Mutex
 		written []string

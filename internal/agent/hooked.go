@@ -183,6 +183,10 @@ func (p *phasing) adopt(id string) error {
 		}
 		p.letGo(old)
 	}
+	// Of an earlier run, which a hook may have removed while it was written.
+	if err := p.a.journalOf(in).forgetPhase(id); err != nil {
+		return err
+	}
 	if _, err := p.supervise(in, phaseNow{Phase: in.Decision.Phase}); err != nil {
 		return err
 	}
@@ -294,6 +298,17 @@ func (p *phasing) allHooked() (all []*instance) {
 	}
 	p.a.change(func() { all = slices.Collect(maps.Values(p.hooked)) })
 	return all
+}
+
+// sweepHooked removes what hooks left that were killed, or gave up, and that no instance
+// has. Nothing is supervised yet.
+func (a *Agent) sweepHooked() {
+	if a.hooks == nil {
+		return
+	}
+	if err := errors.Join(a.hooks.a.journal.sweepPhases(), a.sweepInside()); err != nil {
+		a.log.WithError(err).Warn("what hooks left of containers with phases is not removed, but looked for at the next start")
+	}
 }
 
 // pickUpHooked goes on with what an earlier process supervised for hooks.

@@ -9,8 +9,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -110,6 +112,26 @@ func TestHookAsksTheDaemon(t *testing.T) {
 	}
 	if p.hookedInstance(c.ID) != nil || len(p.supervisor.List()) != 0 {
 		t.Error("something is supervised")
+	}
+	// What is left of an earlier run says nothing of this one.
+	in, err := p.a.hooks.load(c.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := p.a.hooks.a.journal
+	in.CgroupID, in.Container.PID = 7, c.pid()
+	if err := errors.Join(j.save(in), j.savePhase(c.ID, phaseNow{Phase: "b", Generation: 2, Began: true})); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.adopt(c.ID); err == nil {
+		t.Error("supervised without a cgroup")
+	}
+	if now, err := j.phase(c.ID); err != nil || now.Phase != "" {
+		t.Errorf("an earlier run's phase: %+v, %v", now, err)
+	}
+	in.CgroupID, in.Container.PID = 0, 0
+	if err := j.save(in); err != nil {
+		t.Fatal(err)
 	}
 	// Whose daemon doesn't supervise it doesn't start, whatever the failure policy.
 	c.Seccomp = made.Seccomp
@@ -239,4 +261,55 @@ func TestHookedPhaseIsKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	save(in, phaseNow{})
+}
+
+// What hooks leave that were killed, or gave up, is removed at a start of the daemon, and
+// nothing else is.
+func TestWhatHooksLeaveIsSwept(t *testing.T) {
+	w := newProgramWorld(t)
+	if _, err := w.start("c1"); err != nil {
+		t.Fatal(err)
+	}
+	j := w.a.hooks.a.journal
+	in := (&instance{Container: policy.Container{ID: "x"}, Planned: time.Now(), hooks: w.a.hooks}).prepare()
+	if err := j.save(in); err != nil {
+		t.Fatal(err)
+	}
+	stays := []string{
+		insideOf(w.policy, in), insideOf(w.policy, w.a.instance("c1")), filepath.Join(insideParent(w.policy), "of a hook that works"),
+		j.path("x", phaseSuffix), j.path("x", frozenSuffix), j.path("y", instanceSuffix+newSuffix),
+	}
+	goes := []string{
+		filepath.Join(insideParent(w.policy), "of a hook that was killed"),
+		j.path("y", phaseSuffix), j.path("y", frozenSuffix), j.path("y", phaseSuffix+newSuffix),
+	}
+	for i, path := range slices.Concat(stays, goes) {
+		if filepath.Dir(path) == j.dir {
+			if err := os.WriteFile(path, []byte("{}"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if err := makeInside(path); err != nil {
+			t.Fatal(err)
+		}
+		old := time.Now().Add(-planGrace)
+		if i == 2 {
+			continue
+		}
+		if err := os.Chtimes(path, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.restart()
+	for _, path := range stays {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, path := range goes {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", path, err)
+		}
+	}
 }

@@ -151,7 +151,10 @@ func (h kernelHost) Read(pid int, e adjust.Expectation) (string, error) {
 		return "", err
 	}
 	defer p.Close()
-	var content string
+	return h.readOf(p, e)
+}
+
+func (h kernelHost) readOf(p *cgroup.Process, e adjust.Expectation) (content string, err error) {
 	switch e.Source {
 	case adjust.SourceProc:
 		content, err = p.ReadFile(e.File)

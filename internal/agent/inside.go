@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -40,8 +41,10 @@ func insideOf(p *policy.File, in *instance) string {
 		key += " " + strconv.FormatInt(in.Planned.UnixNano(), 10)
 	}
 	sum := sha256.Sum256([]byte(key))
-	return filepath.Join(p.StateDir, "inside", hex.EncodeToString(sum[:8]))
+	return filepath.Join(insideParent(p), hex.EncodeToString(sum[:8]))
 }
+
+func insideParent(p *policy.File) string { return filepath.Join(p.StateDir, "inside") }
 
 // makeInside makes an instance's directory. The container's users are many, so it is
 // open to all who can reach it: those of the container, and root.
@@ -167,6 +170,50 @@ func (a *Agent) removeInside(in *instance) error {
 		return nil
 	}
 	return os.RemoveAll(insideOf(a.policy, in))
+}
+
+// sweepInside removes the directories that no instance has, as a hook that was killed, or
+// failed, leaves them. One that works now has made its own a moment ago.
+func (a *Agent) sweepInside() error {
+	all, err := os.ReadDir(insideParent(a.policy))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	known := map[string]bool{}
+	own, err := a.journal.ids()
+	if err != nil {
+		return err
+	}
+	for _, id := range own {
+		known[insideOf(a.policy, &instance{Container: policy.Container{ID: id}})] = true
+	}
+	hooked, err := a.hooks.a.journal.ids()
+	if err != nil {
+		return err
+	}
+	for _, id := range hooked {
+		in, err := a.hooks.load(id)
+		if err != nil {
+			return err // its directory can't be told
+		}
+		if in != nil {
+			known[insideOf(a.policy, in)] = true
+		}
+	}
+	for _, e := range all {
+		dir := filepath.Join(insideParent(a.policy), e.Name())
+		info, err := e.Info()
+		if err != nil || known[dir] || time.Since(info.ModTime()) < planGrace {
+			continue // it is removed just now, or is somebody's
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // closeInside stops serving all sockets, and leaves their directories to the next

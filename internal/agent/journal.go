@@ -169,6 +169,27 @@ func (j *journal) forgetPhase(id string) error {
 	return nil
 }
 
+// sweepPhases removes what is left of phases of instances that are gone: the hook that
+// removed one may have given up waiting for the daemon, which wrote on. Only the daemon
+// writes these, and it has not begun to.
+func (j *journal) sweepPhases() error {
+	for _, suffix := range []string{phaseSuffix, frozenSuffix, phaseSuffix + newSuffix} {
+		ids, err := j.list(suffix)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			if _, err := os.Stat(j.path(id, instanceSuffix)); !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err := os.Remove(j.path(id, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("journal: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
 // phase is what savePhase kept; of an instance that was never switched it is zero.
 func (j *journal) phase(id string) (now phaseNow, err error) {
 	data, err := os.ReadFile(j.path(id, phaseSuffix))

@@ -88,23 +88,18 @@ func (l *limits) within(ctx context.Context, a *Agent, set func() error) error {
 	}
 }
 
-// set writes what is wanted of a container whose first process is pid, and puts back
-// what isn't wanted any more, then reads both back. keep is given what files held
-// before, as soon as that is known. On v1 the order of some writes matters (memory and
-// memory.memsw), so what fails is tried again after the others. The caller has the turn.
-func (l *limits) set(ctx context.Context, h kernelHost, pid int, want []adjust.Expectation, keep func([]limitValue) error) error {
-	p, err := cgroup.OpenProcess(pid)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+// set writes what is wanted of a container whose first process is p, and puts back what
+// isn't wanted any more, then reads both back. keep is given what files held before, as
+// soon as that is known. On v1 the order of some writes matters (memory and memory.memsw),
+// so what fails is tried again after the others. The caller has the turn.
+func (l *limits) set(ctx context.Context, h kernelHost, p *cgroup.Process, want []adjust.Expectation, keep func([]limitValue) error) error {
 	original := slices.Clone(l.original)
 	for i := range want {
 		e := &want[i]
 		if slices.ContainsFunc(original, func(v limitValue) bool { return v.of(e) }) {
 			continue
 		}
-		content, err := h.Read(pid, *e)
+		content, err := h.readOf(p, *e)
 		if err != nil {
 			if e.Optional && errors.Is(err, fs.ErrNotExist) {
 				continue
@@ -141,7 +136,7 @@ func (l *limits) set(ctx context.Context, h kernelHost, pid int, want []adjust.E
 	if len(errs) > 0 {
 		return errors.Join(errs...)
 	}
-	if err := mismatchError(adjust.Verify(todo, func(e adjust.Expectation) (string, error) { return h.Read(pid, e) })); err != nil {
+	if err := mismatchError(adjust.Verify(todo, func(e adjust.Expectation) (string, error) { return h.readOf(p, e) })); err != nil {
 		return err
 	}
 	// What was put back may be changed by others from now on.

@@ -5,8 +5,11 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -22,12 +25,8 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// scored is an instance that runs, and whose phases have an oom_score_adj each, or none if
-// that is 0.
-func scored(t *testing.T, scores map[string]int) (*phasing, *instance) {
-	t.Helper()
-	g := newGroup(t)
-	pid, _ := occupy(t, g)
+// limited is an instance that runs, with an oom_score_adj by phase; 0 is none.
+func limited(g *cgroup.Group, pid int, scores map[string]int) *instance {
 	in := &instance{CgroupID: g.ID(), Ran: true, Phases: &instancePhases{}}
 	in.Container.ID, in.Container.PID = "c1", pid
 	in.Decision.Phases = &policy.Phases{}
@@ -39,12 +38,67 @@ func scored(t *testing.T, scores map[string]int) (*phasing, *instance) {
 		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, ph)
 	}
 	in.limits.begin(nil)
-	return &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}, in
+	return in
+}
+
+func newLimiting(t *testing.T) *phasing {
+	return &phasing{a: &Agent{journal: newJournal(t), log: logrus.NewEntry(logrus.New())}, kernel: detect(t)}
+}
+
+// TestLimitsOfAnother: what has a container's pid, and is not the container's, has its
+// limits neither set nor read.
+func TestLimitsOfAnother(t *testing.T) {
+	const score = 300
+	g, other := newGroup(t), newGroup(t)
+	p := newLimiting(t)
+	// again has pid be another's, unless a third has taken it.
+	again := func(pid int) bool {
+		for range 100 {
+			if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0); err != nil {
+				t.Fatal(err)
+			}
+			is, stop := occupy(t, other)
+			if is == pid {
+				return true
+			}
+			stop()
+		}
+		return false
+	}
+	reused := false
+	for range 5 {
+		pid, stop := occupy(t, g)
+		in := limited(g, pid, map[string]int{"a": score})
+		in.limits.write = func(kernelHost, *cgroup.Process, adjust.Expectation) error {
+			stop()
+			if reused = again(pid); !reused {
+				return nil
+			}
+			return writeFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), strconv.Itoa(score))
+		}
+		if err := p.setLimits(t.Context(), in, "a"); !errors.Is(err, cgroup.ErrGone) {
+			t.Errorf("ended meanwhile: %v", err)
+		}
+		if !reused {
+			continue
+		}
+		in.limits.write = func(kernelHost, *cgroup.Process, adjust.Expectation) error {
+			t.Error("written")
+			return nil
+		}
+		if err := p.setLimits(t.Context(), in, "a"); err == nil || !strings.Contains(err.Error(), "not in the container's cgroup") {
+			t.Errorf("another process: %v", err)
+		}
+		return
+	}
+	t.Fatal("no process got the pid of another")
 }
 
 // TestLimitsFromInside: a container may not have itself switched to where it has more.
 func TestLimitsFromInside(t *testing.T) {
-	p, in := scored(t, map[string]int{"none": 0, "low": 300, "high": 600})
+	g := newGroup(t)
+	pid, _ := occupy(t, g)
+	p, in := newLimiting(t), limited(g, pid, map[string]int{"none": 0, "low": 300, "high": 600})
 	now := "none"
 	for _, tc := range []struct {
 		to      string
@@ -67,9 +121,11 @@ func TestLimitsFromInside(t *testing.T) {
 // TestLimitsThatHang: a write that the kernel holds up costs a switch no more than its
 // time, and is the last of its phase.
 func TestLimitsThatHang(t *testing.T) {
+	g := newGroup(t)
+	pid, _ := occupy(t, g)
 	scores := map[string]int{"a": 100, "b": 200, "c": 300}
-	p, in := scored(t, scores)
-	pid := in.Container.PID
+	in := limited(g, pid, scores)
+	p := newLimiting(t)
 	var (
 		mu      sync.Mutex
 		written []string

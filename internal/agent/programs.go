@@ -90,6 +90,9 @@ func (p *programs) find(in *instance, plan *profiles.PhasePlan, now *phaseNow) e
 	}
 	in.guard.plan, in.guard.counted = plan, now.Counted
 	if now.Tag == 0 {
+		if in.Ran || now.Began {
+			return errors.New("it was started without them (create the container anew)")
+		}
 		return nil // it has none yet
 	}
 	if p.enforcer == nil {

@@ -245,6 +245,15 @@ func TestProgramsAreMissed(t *testing.T) {
 	if c2, c3 := w.a.instance("c2"), w.a.instance("c3"); c2 == nil || ready(c2) == nil || ready(c3) != nil {
 		t.Errorf("ready: c2 %v, c3 %v", c2, ready(c3))
 	}
+	// Nor does a later process find it.
+	plan := w.a.instance("c3").guard.plan
+	for _, tc := range []struct {
+		ran, began, lost bool
+	}{{false, false, false}, {true, false, true}, {false, true, true}} {
+		if err := w.a.phases.programs.find(&instance{Ran: tc.ran}, plan, &phaseNow{Began: tc.began}); (err != nil) != tc.lost {
+			t.Errorf("%+v: %v", tc, err)
+		}
+	}
 	// What runs goes on where there are none at all.
 	w.close()
 	w.policy.BPFFS = t.TempDir() + "/syslatch"

@@ -58,6 +58,7 @@ func (a *Agent) pickUp() error {
 		}
 	}
 	a.mu.Unlock()
+	a.sweepHooked()
 	held, err := a.phases.held()
 	if err != nil {
 		return err

@@ -5,8 +5,8 @@ package api
 import (
 	"context"
 	"errors"
-	"io"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"

@@ -146,7 +146,7 @@ func TestUnitUnderSystemd(t *testing.T) {
 const daemonLog = "out/syslatchd.log"
 
 const insidePolicy = `apiVersion: syslatch.dev/v1
-nri: {socket: %s}
+nri: {socket: %s, requestTimeout: 7s}
 hook: {rootless: {users: [nobody]}}
 policies:
 - name: rootless

@@ -272,7 +272,7 @@ func TestPhases(t *testing.T) {
 		d := e.startDaemon()
 		s := e.shell(runArgs("agent", []string{"--interactive", "--network", "host"}, "sh")...)
 		s.makes(false)
-		id := e.inspect("agent", "{{.Id}}")
+		id, pid := e.idAndPID("agent")
 		execs := 0
 		inExec := func(want bool) {
 			t.Helper()
@@ -330,7 +330,7 @@ func TestPhases(t *testing.T) {
 			t.Errorf("open: exit status %s", got)
 		}
 		kept(true)
-		if got := e.oomScore("agent"); got != 600 {
+		if got := e.oomScore(pid); got != 600 {
 			t.Errorf("oom_score_adj is %d", got)
 		}
 		e.phase("set", id, "read_only")
@@ -340,7 +340,7 @@ func TestPhases(t *testing.T) {
 		if lsm {
 			d.wait("phase event", `"denied"`, "lsm/file_permission", id)
 		}
-		if got := e.oomScore("agent"); got == 600 {
+		if got := e.oomScore(pid); got == 600 {
 			t.Error("oom_score_adj is not what it was")
 		}
 		d.wait("phase event", `"denied"`, "SCMP_ARCH_X86_64", id)
@@ -404,13 +404,10 @@ func TestPhasesOfLimits(t *testing.T) {
 		if r := e.run("agent", []string{"--detach", "--user", "65534"}, "sleep", "1000"); r.code != 0 {
 			t.Fatalf("%+v", r)
 		}
-		pid, err := strconv.Atoi(e.inspect("agent", "{{.State.Pid}}"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		id, pid := e.idAndPID("agent")
 		limits := func() []string {
 			t.Helper()
-			all := []string{fmt.Sprint(e.oomScore("agent"))}
+			all := []string{fmt.Sprint(e.oomScore(pid))}
 			for _, f := range files {
 				content, _, err := hierarchy.ReadController(pid, f[0], f[1], f[2])
 				if err != nil {
@@ -430,7 +427,6 @@ func TestPhasesOfLimits(t *testing.T) {
 		if busy[0] != "300" || busy[1] != "402653184" {
 			t.Errorf("at the start: %q", busy)
 		}
-		id := e.inspect("agent", "{{.Id}}")
 		e.phase("set", id, "idle")
 		has(idle)
 		d.kill(syscall.SIGKILL)
@@ -450,7 +446,7 @@ func TestPhasesOfLimits(t *testing.T) {
 		}
 		if own.Capabilities&(1<<unix.CAP_SYS_RESOURCE) != 0 { // it is a gap, if not
 			e.phase("set", id, "low")
-			if got := e.oomScore("agent"); got != -100 {
+			if got := e.oomScore(pid); got != -100 {
 				t.Errorf("oom_score_adj is %d", got)
 			}
 		}
@@ -460,14 +456,23 @@ func TestPhasesOfLimits(t *testing.T) {
 	})
 }
 
-// oomScore is that of a container's first process.
-func (e *env) oomScore(name string) int {
+// idAndPID are a container's, and its first process's.
+func (e *env) idAndPID(name string) (id string, pid int) {
 	e.t.Helper()
-	data, err := os.ReadFile("/proc/" + e.inspect(name, "{{.State.Pid}}") + "/oom_score_adj")
+	if _, err := fmt.Sscan(e.inspect(name, "{{.Id}} {{.State.Pid}}"), &id, &pid); err != nil {
+		e.t.Fatal(err)
+	}
+	return id, pid
+}
+
+func (e *env) oomScore(pid int) int {
+	e.t.Helper()
+	p, err := cgroup.OpenProcess(pid)
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	defer p.Close()
+	n, err := p.OOMScoreAdj()
 	if err != nil {
 		e.t.Fatal(err)
 	}
@@ -496,11 +501,7 @@ func TestRatchet(t *testing.T) {
 		if got := s.status("{ sleep 1000 & }"); got != "0" {
 			t.Errorf("a second process: exit status %s", got)
 		}
-		id, first, _ := strings.Cut(e.inspect("agent", "{{.Id}} {{.State.Pid}}"), " ")
-		pid, err := strconv.Atoi(first)
-		if err != nil {
-			t.Fatal(err)
-		}
+		id, pid := e.idAndPID("agent")
 		filters := func() (all []int) {
 			t.Helper()
 			procs, _, err := hierarchy.ReadController(pid, "pids", "cgroup.procs", "cgroup.procs")

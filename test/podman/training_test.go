@@ -62,8 +62,8 @@ func TestTraining(t *testing.T) {
 		if got := s.status("test -S /run/syslatch/phase.sock"); got != "0" {
 			t.Errorf("the container has no socket of its own: exit status %s", got)
 		}
-		id := e.inspect("agent", "{{.Id}}")
-		if got := e.oomScore("agent"); got == 600 {
+		id, pid := e.idAndPID("agent")
+		if got := e.oomScore(pid); got == 600 {
 			t.Error("a phase's limits are set while it is recorded")
 		}
 		e.phase("set", id, "make")

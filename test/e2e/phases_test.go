@@ -451,6 +451,9 @@ func TestPhasesOutliveTheDaemon(t *testing.T) {
 // a syslatchd that is killed, every one, and every one is switched.
 func TestManyListeners(t *testing.T) {
 	e := newEnv(t, harness.Options{})
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute) // on a busy machine
+	t.Cleanup(cancel)
+	e.ctx = ctx
 	d := e.start(agentPolicy)
 	all := make([]*harness.Container, atMost(t, 200))
 	each := func(do func(i int) error) { // a few at a time

@@ -305,10 +305,10 @@ func (t *tracer) seize(st stat, tid, try int) error {
 	if err != nil {
 		// A task that ends is EPERM. In an execve that isn't the main thread's, its
 		// number is another task's a moment later, and then there is nothing to see. Nor is
-		// there where a thread of ours that had it has ended meanwhile.
+		// there where a thread of ours that had it has ended meanwhile, another has it perhaps.
 		err = t.whyNot(st, tid, err)
 		var traced *TracedError
-		letGo := errors.As(err, &traced) && !isOurs(traced.Tracer) && tracerOf(tid) == 0
+		letGo := errors.As(err, &traced) && !isOurs(traced.Tracer) && tracerOf(tid) != traced.Tracer
 		if (errors.Is(err, ErrPermission) || letGo) && try < tries {
 			t.pause(context.Background(), tick)
 			return t.seize(st, tid, try+1)

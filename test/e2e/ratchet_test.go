@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -60,6 +62,9 @@ func filtersOf(t *testing.T, pid int) map[int]int {
 // container and for what is executed in it later, whether a syslatchd runs or not.
 func TestRatchet(t *testing.T) {
 	e := newEnv(t, harness.Options{})
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute) // in a guest
+	t.Cleanup(cancel)
+	e.ctx = ctx
 	d := e.start(ratchetPolicy)
 	const script = `loop() { while sleep 0.05; do if [ -e /bin ]; then echo $1 in; else echo $1 out; fi; done; }; loop b & loop a`
 	for _, runtime := range []string{harness.Runc11, harness.Runc15} {

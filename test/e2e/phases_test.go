@@ -456,7 +456,7 @@ func TestManyListeners(t *testing.T) {
 	e.ctx = ctx
 	d := e.start(agentPolicy)
 	all := make([]*harness.Container, atMost(t, 50)) // 200 pass, too, in minutes; TestManyInstances of internal/agent has as many
-	each := func(do func(i int) error) { // a few at a time
+	each := func(do func(i int) error) {             // a few at a time
 		t.Helper()
 		var wg sync.WaitGroup
 		next := make(chan int)

@@ -505,7 +505,7 @@ func TestManyListeners(t *testing.T) {
 			return err
 		}
 		t.Cleanup(func() { tell[i].Close() })
-		co := sh(fmt.Sprintf("while read x; do if mkdir /tmp/$x; then echo $x made; else echo $x denied; fi; done </t/%d", i))
+		co := sh(fmt.Sprintf("exec 2>&1; while read x; do if mkdir /tmp/$x; then echo $x made; else echo $x denied; fi; done </t/%d", i))
 		co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
 		if all[i], err = pods[i%len(pods)].Create(e.ctx, co); err != nil {
 			return err

@@ -483,19 +483,22 @@ func TestManyListeners(t *testing.T) {
 		}
 		pods = append(pods, pod)
 	}
+	dir := t.TempDir()
+	tell := make([]*os.File, len(all)) // open for reading, too: there is always a writer, and a reader
 	// One after another, as pods are removed, takes too long.
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		each(func(i int) error {
+			if tell[i] != nil { // whose end would end all at once
+				defer tell[i].Close()
+			}
 			if all[i] == nil {
 				return nil
 			}
 			return all[i].Stop(ctx, 0)
 		})
 	})
-	dir := t.TempDir()
-	tell := make([]*os.File, len(all)) // open for reading, too: there is always a writer, and a reader
 	each(func(i int) (err error) {
 		fifo := filepath.Join(dir, fmt.Sprint(i))
 		if err := unix.Mkfifo(fifo, 0o600); err != nil {
@@ -504,7 +507,6 @@ func TestManyListeners(t *testing.T) {
 		if tell[i], err = os.OpenFile(fifo, os.O_RDWR, 0); err != nil {
 			return err
 		}
-		t.Cleanup(func() { tell[i].Close() })
 		co := sh(fmt.Sprintf("exec 2>&1; while read x; do if mkdir /tmp/$x; then echo $x made; else echo $x denied; fi; done </t/%d", i))
 		co.Mounts = []*runtimeapi.Mount{{HostPath: dir, ContainerPath: "/t"}}
 		if all[i], err = pods[i%len(pods)].Create(e.ctx, co); err != nil {

@@ -404,6 +404,12 @@ func TestBlockedCallsGoOn(t *testing.T) {
 			})
 			apply(t, Scope{PIDs: []int{x.pid}}, denyMkdir(), Options{})
 			hasOneMore(t, x.before, x.pid)
+			// A wait for what has happened before the call is made again is another's: futex
+			// says EAGAIN.
+			eventually(t, "blocked again", func() bool {
+				text, err := readProc(strconv.Itoa(x.pid), "syscall")
+				return err == nil && !strings.HasPrefix(text, "running")
+			})
 			x.tell(t, "go")
 			got := x.numbers(t)
 			if got[0] != tc.want || got[1] != 0 {

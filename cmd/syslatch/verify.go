@@ -24,7 +24,9 @@ lost, BPF programs that somebody removed. What a phase asks for and this host ne
 enforces isn't a failure, and is told as well.
 
 Exit status: 0 all phases hold, those of ended instances aside; 4 one of them doesn't,
-or is being switched; 2 the command line is wrong; 1 everything else (nobody listens, there is no such instance).`,
+or is being switched, as it is while a syslatchd that was restarted looks through it;
+2 the command line is wrong; 1 everything else (nobody listens, there is no such
+instance).`,
 		Example: `  syslatch verify
   syslatch verify 4f2a
   syslatch verify -o json | jq '.instances[] | select(.state != "holds")'`,

@@ -451,15 +451,11 @@ func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) e
 		// crun has yet to set the spec's own: see Hooks.Started.
 		want = slices.DeleteFunc(want, func(e adjust.Expectation) bool { return e.Source == adjust.SourceProc })
 	}
-	// The process as it is now: another may get its pid while limits are written.
-	process, err := cgroup.OpenProcess(pid)
+	process, err := p.processOf(in, pid)
 	if err != nil {
 		return err
 	}
 	defer process.Close()
-	if err := p.isOf(in, process); err != nil {
-		return err
-	}
 	return in.limits.set(ctx, p.kernel, process, want, func(original []limitValue) error {
 		return p.keepPhase(in, func(now *phaseNow) { now.Original = original })
 	})
@@ -481,14 +477,11 @@ func (p *phasing) loosens(ctx context.Context, in *instance, name string) error 
 	pid := in.Container.PID
 	p.a.mu.Unlock()
 	return in.limits.within(ctx, p.a, func() error {
-		process, err := cgroup.OpenProcess(pid)
+		process, err := p.processOf(in, pid)
 		if err != nil {
 			return err
 		}
 		defer process.Close()
-		if err := p.isOf(in, process); err != nil {
-			return err
-		}
 		for _, e := range in.limits.todo(want) {
 			switch content, err := p.kernel.readOf(process, e); {
 			case e.Optional && errors.Is(err, fs.ErrNotExist):
@@ -502,22 +495,29 @@ func (p *phasing) loosens(ctx context.Context, in *instance, name string) error 
 	})
 }
 
-// isOf says no to a process that isn't in a container's cgroup: one that may write to the
-// hierarchy can have moved its first process, and the pid of one that has ended may be
-// another's.
-func (p *phasing) isOf(in *instance, process *cgroup.Process) error {
+// processOf is a container's first process, as it is now: another may get its pid at any
+// time. It says no to one that isn't in the container's cgroup: a container that may write
+// to the hierarchy can have moved it, and the pid of one that has ended may be another's.
+func (p *phasing) processOf(in *instance, pid int) (*cgroup.Process, error) {
+	process, err := cgroup.OpenProcess(pid)
+	if err != nil {
+		return nil, err
+	}
 	dir, err := p.kernel.DirOf(process, "")
 	if errors.Is(err, cgroup.ErrNoV2) && in.CgroupID == 0 {
-		return nil
+		return process, nil
+	}
+	var id uint64
+	if err == nil {
+		id, err = cgroup.ID(dir)
+	}
+	if err == nil && id != in.CgroupID {
+		err = fmt.Errorf("process %d is not in the container's cgroup any more", pid)
 	}
 	if err != nil {
-		return err
+		return nil, errors.Join(err, process.Close())
 	}
-	id, err := cgroup.ID(dir)
-	if err == nil && id != in.CgroupID {
-		err = fmt.Errorf("process %d is not in the container's cgroup any more", process.PID())
-	}
-	return err
+	return process, nil
 }
 
 // accept hands listeners to instances until the socket is closed.

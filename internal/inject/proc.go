@@ -342,20 +342,15 @@ func (s *scope) scan(out map[int]stat, found func(stat) error) (vanished bool, e
 				return err
 			}
 			all[pid] = *st
+			children[st.parent] = append(children[st.parent], pid)
 			if start, ok := roots[pid]; ok && start == st.start || added[st.parent] {
 				added[pid] = true
 				return add(*st)
 			}
 			return nil
 		})
-		if err == nil {
-			err = reparented(all, look)
-		}
 		if err != nil {
 			return false, err
-		}
-		for pid, st := range all {
-			children[st.parent] = append(children[st.parent], pid)
 		}
 	} else {
 		for pid := range roots {
@@ -389,32 +384,6 @@ func (s *scope) scan(out map[int]stat, found func(stat) error) (vanished bool, e
 		todo = append(todo, children[pid]...)
 	}
 	return vanished, nil
-}
-
-// reparented looks again at processes whose parent isn't there: it has ended since they
-// were looked at, and they have another.
-func reparented(all map[int]stat, look func(pid int) (*stat, error)) error {
-	for adrift := true; adrift; {
-		adrift = false
-		for pid, st := range all {
-			if _, ok := all[st.parent]; ok || st.parent == 0 {
-				continue
-			}
-			now, err := look(pid)
-			switch {
-			case err != nil:
-				return err
-			case now == nil:
-				delete(all, pid)
-			case now.parent == st.parent: // it is new, or not to be seen
-				continue
-			default:
-				all[pid] = *now
-			}
-			adrift = true
-		}
-	}
-	return nil
 }
 
 // eachProcess goes through /proc, which lists by number, and by it reaches what is

@@ -302,7 +302,7 @@ func TestParts(t *testing.T) {
 		got[m.Name] = m.Value
 	}
 	for _, name := range []string{
-		"phases/go/to-c", "phases/ratchet-denied/ratio", "phases/set/p50", "phases/barrier/p99", "phases/ratchet/process/p50",
+		"phases/go/to-c", "phases/libseccomp-golang/to-c", "phases/ratchet-denied/ratio", "phases/set/p50", "phases/barrier/p99", "phases/switch/p99", "phases/ratchet/process/p50",
 		"connect/udp/allowed/to-trivial", "connect/tcp/beside/ratio",
 		"containers/none/p50", "containers/record/p99", "handlers/create-container-record/p50", "handlers/publish/p50",
 		"daemon/rest/rss", "daemon/crowd/rss", "starts/syslatchd-first/p50", "starts/record-output/p50", "kernel/1024/recorded",

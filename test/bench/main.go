@@ -35,12 +35,15 @@ type options struct {
 
 // roles are what this program is as a process of its own.
 var roles = map[string]func() error{
-	workerRole:    work,
-	visitorRole:   loadFilter,
-	filteredRole:  visits,
-	callerRole:    call,
-	sleeperRole:   sleep,
-	connectorRole: connect,
+	workerRole:          work,
+	visitorRole:         loadFilter,
+	filteredRole:        visits,
+	callerRole:          call,
+	sleeperRole:         sleep,
+	filteredSleeperRole: sleepOn,
+	crowdRole:           sleepTogether,
+	supervisorRole:      supervise,
+	connectorRole:       connect,
 }
 
 func main() {
@@ -59,7 +62,7 @@ func main() {
 	flag.StringVar(&o.doc, "doc", "", "also replace the figures in `file`, a Markdown document")
 	flag.StringVar(&o.only, "only", "", "`parts` to measure: "+strings.Join(partNames(), ",")+" (default all)")
 	flag.IntVar(&o.rounds, "rounds", 31, "rounds of the calls and phases parts")
-	flag.IntVar(&o.creates, "creates", 200, "containers in each mode, and barriers")
+	flag.IntVar(&o.creates, "creates", 200, "containers in each mode, barriers, and switches")
 	flag.IntVar(&o.starts, "starts", 15, "starts of each program")
 	flag.IntVar(&o.crowd, "crowd", 1000, "containers that are recorded at once, at most 1024")
 	flag.Parse()

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 
+	libseccomp "github.com/seccomp/libseccomp-golang"
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/bpf"
@@ -30,9 +31,12 @@ var supervisorSource string
 
 // Roles of this program as a process of its own.
 const (
-	callerRole    = "internal-caller"
-	sleeperRole   = "internal-sleepers"
-	connectorRole = "internal-connector"
+	callerRole          = "internal-caller"
+	supervisorRole      = "internal-supervisor"
+	sleeperRole         = "internal-sleepers"
+	filteredSleeperRole = "internal-filtered-sleepers" // their filter is of who started them
+	crowdRole           = "internal-crowd"
+	connectorRole       = "internal-connector"
 )
 
 // asked are the ways in which getppid is judged, in the order of the report.
@@ -45,6 +49,7 @@ var asked = []struct {
 	{way{}, "bare", "no filter", 150_000, nil},
 	{way{filter: true, always: true}, "static", "allowed in every phase, by one filter", 100_000, (*bench).superviseByGo},
 	{way{filter: true}, "c", "differs between phases: asked, by a supervisor in C", 4_000, (*bench).superviseByC},
+	{way{filter: true}, "libseccomp-golang", "differs between phases: asked, by a supervisor with libseccomp-golang", 1_000, (*bench).superviseByLibseccomp},
 	{way{filter: true}, "go", "differs between phases: asked, by syslatch", 4_000, (*bench).superviseByGo},
 	{way{filter: true, always: true, ratchet: true}, "ratchet-allowed", "after a ratchet: allowed in every phase, by both filters", 100_000, (*bench).superviseByGo},
 	{way{filter: true, ratchet: true}, "ratchet-denied", "after a ratchet: denied by its filter (EPERM), asked before", 100_000, (*bench).superviseByGo},
@@ -123,8 +128,8 @@ func (b *bench) phasesPart(ctx context.Context) (err error) {
 		title:  "Phases",
 		tables: []table{t, switches},
 		notes: []string{
-			fmt.Sprintf("Medians of %d rounds in which all took turns; those that are asked about by the clock, the others by the caller's processor time. Filters are those that syslatch makes of three phases. A ratchet is the filter of a phase that can't be left, injected into the caller while the supervisor holds its listener. Both supervisors let every call go on, and use SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP where the kernel has it (6.6).", b.opts.rounds),
-			fmt.Sprintf("The tasks are %d processes of %d threads, which wait in read under a filter of phases. The barrier, %d times: from the write of the switch until all have been stopped outside of their calls and go on again. A ratchet, put on %d such crowds: until each process has it, as read from /proc, and goes on. The programs' phase: the mean of %d writes, %d times.",
+			fmt.Sprintf("Medians of %d rounds in which all took turns; those that are asked about by the clock, the others by the caller's processor time. Filters are those that syslatch makes of three phases. A ratchet is the filter of a phase that can't be left, injected into the caller while the supervisor holds its listener. All supervisors let every call go on. Those in C and of syslatch use SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP where the kernel has it (6.6); libseccomp-golang, here NotifReceive and NotifRespond, has no function for it.", b.opts.rounds),
+			fmt.Sprintf("The tasks are %d processes of %d threads, which wait in read under a filter of phases. The barrier, %d times: from the write of the switch until all have been stopped outside of their calls and go on again. The switch, as often, in turn with the barrier: such a crowd, as a command of `syslatch run`, goes back and forth between two phases that differ in mkdir, which the supervisor is asked about. From the request (PUT, on a connection that is kept) until the answer that the phase holds for every task. A ratchet, put on %d such crowds: until each process has it, as read from /proc, and goes on. The programs' phase: the mean of %d writes, %d times.",
 				sleeperProcesses, sleeperThreads, b.opts.creates, ratchets, setsAtOnce, b.opts.creates),
 		},
 	})
@@ -189,9 +194,11 @@ func (b *bench) asks(ctx context.Context) (t table, err error) {
 		if a.name == "c" {
 			row[4] = "×1.00"
 		}
-		if a.name == "go" {
+		if a.waits() && a.name != "c" {
 			b.report.metric(median(toC), "ratio", "phases", a.name, "to-c")
 			row[4], row[5] = fmt.Sprintf("×%.2f", median(toC)), quartiles(toC)
+		}
+		if a.name == "go" {
 			b.report.goal("a call that the supervisor is asked about", "×%.2f of a supervisor in C", median(toC), 1.5)
 		}
 		t.rows = append(t.rows, row)
@@ -278,14 +285,23 @@ func call() error {
 
 // superviseByC compiles the supervisor and starts it.
 func (b *bench) superviseByC(ctx context.Context, c *caller, listener *os.File) error {
-	defer listener.Close()
 	program := filepath.Join(b.dir, "supervisor")
 	gcc := exec.CommandContext(ctx, "gcc", "-O2", "-o", program, "-x", "c", "-")
 	gcc.Stdin = strings.NewReader(supervisorSource)
 	if out, err := gcc.CombinedOutput(); err != nil {
-		return fmt.Errorf("gcc (apt-get install gcc): %w: %s", err, out)
+		return errors.Join(fmt.Errorf("gcc (apt-get install gcc): %w: %s", err, out), listener.Close())
 	}
-	cmd := exec.Command(program)
+	return c.superviseBy(listener, program)
+}
+
+func (b *bench) superviseByLibseccomp(_ context.Context, c *caller, listener *os.File) error {
+	return c.superviseBy(listener, "/proc/self/exe", supervisorRole)
+}
+
+// superviseBy starts a program, which has the listener as descriptor 3.
+func (c *caller) superviseBy(listener *os.File, program string, args ...string) error {
+	defer listener.Close()
+	cmd := exec.Command(program, args...)
 	cmd.Stderr = os.Stderr
 	cmd.ExtraFiles = []*os.File{listener}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -299,6 +315,24 @@ func (b *bench) superviseByC(ctx context.Context, c *caller, listener *os.File) 
 		return err
 	}
 	return nil
+}
+
+// supervise is the body of a supervisor with libseccomp-golang's functions, which does as
+// the one in C does.
+func supervise() error {
+	const fd = 3
+	for {
+		n, err := libseccomp.NotifReceive(fd)
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		} else if err != nil {
+			return fmt.Errorf("NotifReceive: %w", err)
+		}
+		r := libseccomp.ScmpNotifResp{ID: n.ID, Flags: libseccomp.NotifRespFlagContinue}
+		if err := libseccomp.NotifRespond(fd, &r); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("NotifRespond: %w", err)
+		}
+	}
 }
 
 func (b *bench) superviseByGo(ctx context.Context, c *caller, listener *os.File) error {

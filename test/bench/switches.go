@@ -51,13 +51,20 @@ func (b *bench) switches(ctx context.Context, e *bpf.Enforcer) (t table, ratchet
 		return t, 0, err
 	}
 	defer func() { err = errors.Join(err, crowd.close(ctx)) }()
-	sets, barriers, err := crowd.switched(ctx, e, b.opts.creates)
+	supervised, err := b.startCommand(ctx)
 	if err != nil {
 		return t, 0, err
 	}
-	row("the phase of the BPF programs is set", "ns", sets, "set")
-	p99 := row("barrier (cgroup.freeze)", "ms", barriers, "barrier")
+	defer func() { err = errors.Join(err, supervised.close()) }()
+	took, err := crowd.switched(ctx, e, supervised, b.opts.creates)
+	if err != nil {
+		return t, 0, err
+	}
+	row("the phase of the BPF programs is set", "ns", took.sets, "set")
+	p99 := row("barrier (cgroup.freeze)", "ms", took.barriers, "barrier")
 	b.report.goal(fmt.Sprintf("barrier for %d tasks, p99", tasks), "%.1f ms", p99, 5)
+	p99 = row("switch, as acknowledged over the API", "ms", took.switches, "switch")
+	b.report.goal(fmt.Sprintf("switch for %d tasks acknowledged over the API, p99", tasks), "%.1f ms", p99, 5)
 
 	var all, each []float64
 	for n := range min(b.opts.creates, mostRatchets) {
@@ -101,29 +108,34 @@ func startSleepers(ctx context.Context) (_ *sleepers, err error) {
 	}
 	defer r.Close()
 	s.hold = w
+	return s, s.start(sleeperProcesses, r, sleeperRole, &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL})
+}
+
+// start starts n processes of a role, and returns when all their threads wait in read of
+// in.
+func (s *sleepers) start(n int, in *os.File, role string, attr *syscall.SysProcAttr) error {
 	var ready []io.Reader
-	for range sleeperProcesses {
-		cmd := exec.Command("/proc/self/exe", sleeperRole)
-		cmd.Stdin, cmd.Stderr = r, os.Stderr
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
+	for range n {
+		cmd := exec.Command("/proc/self/exe", role)
+		cmd.Stdin, cmd.Stderr, cmd.SysProcAttr = in, os.Stderr, attr
 		out, err := cmd.StdoutPipe()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if err := cmd.Start(); err != nil {
-			return nil, err
+			return err
 		}
 		s.all, ready = append(s.all, cmd), append(ready, out)
 	}
 	for _, out := range ready {
 		if _, err := io.ReadFull(out, make([]byte, 1)); err != nil {
-			return nil, fmt.Errorf("%s: %w", sleeperRole, err)
+			return fmt.Errorf("%s: %w", role, err)
 		}
 	}
-	return s, nil
+	return nil
 }
 
-func (s *sleepers) close(ctx context.Context) error {
+func (s *sleepers) end() error {
 	var errs []error
 	if s.hold != nil {
 		errs = append(errs, s.hold.Close())
@@ -131,10 +143,14 @@ func (s *sleepers) close(ctx context.Context) error {
 	for _, cmd := range s.all {
 		errs = append(errs, cmd.Wait())
 	}
-	return errors.Join(append(errs, s.group.Wait(ctx), s.group.Remove())...)
+	return errors.Join(errs...)
 }
 
-// sleep is the body of a process whose threads wait in read.
+func (s *sleepers) close(ctx context.Context) error {
+	return errors.Join(s.end(), s.group.Wait(ctx), s.group.Remove())
+}
+
+// sleep is the body of a process whose threads wait in read, under a filter of its own.
 func sleep() error {
 	first, _, err := filters(false)
 	if err != nil {
@@ -143,6 +159,11 @@ func sleep() error {
 	if err := seccomp.Load(first, seccomp.LoadOptions{AllThreads: true}); err != nil {
 		return err
 	}
+	return sleepOn()
+}
+
+// sleepOn has all threads wait in read, and says when they are about to.
+func sleepOn() error {
 	ready := make(chan struct{})
 	for range sleeperThreads - 1 {
 		go func() {
@@ -157,37 +178,45 @@ func sleep() error {
 	if _, err := os.Stdout.Write([]byte("\n")); err != nil {
 		return err
 	}
-	_, err = unix.Read(0, make([]byte, 1))
+	_, err := unix.Read(0, make([]byte, 1))
 	return err
 }
 
-// switched times the first two parts of a switch: the write that the programs read, in
-// nanoseconds, and the barrier, in milliseconds.
-func (s *sleepers) switched(ctx context.Context, e *bpf.Enforcer, times int) (sets, barriers []float64, err error) {
+// switchTimes are those of the write that the programs read, in nanoseconds, and of the
+// barrier and a whole switch, in milliseconds.
+type switchTimes struct{ sets, barriers, switches []float64 }
+
+// switched times the first two parts of a switch, and whole ones of a command, in turns.
+func (s *sleepers) switched(ctx context.Context, e *bpf.Enforcer, c *command, times int) (took switchTimes, err error) {
 	h, err := e.Add(s.group.ID(), bpf.PhaseSet{0: bpf.AnyPhase(), 1: bpf.AnyPhase()}, bpf.EnforceOptions{})
 	if err != nil {
-		return nil, nil, err
+		return took, err
 	}
 	defer func() { err = errors.Join(err, e.Remove(h)) }()
 	f, err := cgroup.NewFreezer(s.group.Path())
 	if err != nil {
-		return nil, nil, err
+		return took, err
 	}
 	for range times {
 		begin := time.Now()
 		for n := range setsAtOnce {
 			if err := e.Set(h, uint8(n%2)); err != nil {
-				return nil, nil, err
+				return took, err
 			}
 		}
-		sets = append(sets, float64(time.Since(begin).Nanoseconds())/setsAtOnce)
+		took.sets = append(took.sets, float64(time.Since(begin).Nanoseconds())/setsAtOnce)
 		begin = time.Now()
 		if err := f.Barrier(ctx); err != nil {
-			return nil, nil, err
+			return took, err
 		}
-		barriers = append(barriers, ms(time.Since(begin)))
+		took.barriers = append(took.barriers, ms(time.Since(begin)))
+		one, err := c.switched(ctx)
+		if err != nil {
+			return took, err
+		}
+		took.switches = append(took.switches, one)
 	}
-	return sets, barriers, nil
+	return took, nil
 }
 
 // ratchetCrowd puts the last phase's filter on a new crowd, and says how many

@@ -86,7 +86,7 @@ testbin: deps build
 	gcc -m32 -O1 -ffreestanding -fno-pic -no-pie -nostdlib -static -o $(TESTBIN)/compat test/workloads/compat/compat.c
 	gcc -O1 -static -o $(TESTBIN)/attacks test/workloads/attacks/attacks.c
 	gcc -O1 -static -pthread -o $(TESTBIN)/injected test/workloads/injected/injected.c
-	for p in ./bpf ./internal/cgroup ./internal/inject ./internal/seccomp ./internal/store ./contrib ./cmd/syslatch ./test/oracle ./test/e2e ./test/podman; do \
+	for p in ./bpf ./internal/cgroup ./internal/inject ./internal/monitor ./internal/seccomp ./internal/store ./contrib ./cmd/syslatch ./test/oracle ./test/e2e ./test/podman; do \
 		go test -c -o $(TESTBIN)/$$(basename $$p).test $$p; done
 	go run ./test/images/build # guests have no network
 

@@ -156,6 +156,7 @@ policies:
 - name: agent
   match: {namespaces: [agents]}
   mode: enforce
+  logDenials: true
   phases:
     initial: read_only
     gaps: report
@@ -285,7 +286,7 @@ func phases(t *testing.T, h *harness.Host) {
 		}
 		c, err := pod.Create(ctx, harness.ContainerOptions{User: 65534, Command: []string{
 			"/bin/sh", "-c",
-			"i=0; while sleep 0.1; do i=$((i+1)); if mkdir /dev/shm/$i; then echo made; else echo denied; fi; done",
+			"unshare -n true; i=0; while sleep 0.1; do i=$((i+1)); if mkdir /dev/shm/$i; then echo made; else echo denied; fi; done",
 		}})
 		if err == nil {
 			err = c.Start(ctx)
@@ -320,6 +321,7 @@ func phases(t *testing.T, h *harness.Host) {
 	dropIn("phases.conf")
 	c := create()
 	says(c, "denied")
+	awaitLog(t, "SCMP_ARCH_X86_64 unshare", 1)
 	set(c, "write")
 	says(c, "made")
 	systemctl(t, "kill", "--kill-who=main", "--signal=KILL", "syslatchd")

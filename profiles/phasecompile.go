@@ -14,6 +14,7 @@ type phaseCompiler struct {
 	*PhasePlan
 	host          PhaseHost
 	architectures []ABI
+	log           bool
 	hooked        map[string]string // call -> program
 	unenforced    map[string]bool   // calls that should ask, where nobody can be asked
 	static        map[string]region // what the filter allows at once of calls that it asks about
@@ -337,7 +338,10 @@ func (c *phaseCompiler) build(b *builder, asks bool) *specs.LinuxSeccomp {
 	}
 	p.Syscalls = append(p.Syscalls, b.rules...)
 	if asks && c.host.WaitKillable {
-		p.Flags = []specs.LinuxSeccompFlag{"SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"}
+		p.Flags = append(p.Flags, "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV")
+	}
+	if c.log {
+		p.Flags = append(p.Flags, FlagLog)
 	}
 	return p
 }
@@ -583,6 +587,13 @@ func (c *phaseCompiler) gaps(o PhaseOptions) {
 		case !c.host.Notify:
 			c.Gaps = append(c.Gaps, PhaseGap{[]string{p.Name}, "what begins in it, or is executed in it from outside, is not given its filter", noNotify, notifyRemedy})
 		}
+	}
+	if o.Log && !c.host.Denials {
+		c.Gaps = append(c.Gaps, PhaseGap{
+			slices.Clone(c.Phases), "what the filter denies by itself is not told",
+			"what filters deny can't be seen here, or no runtime knows SECCOMP_FILTER_FLAG_LOG",
+			"give syslatchd CAP_BPF and CAP_PERFMON, or CAP_AUDIT_READ; take runc 1.2, or crun; or leave logDenials out of the policy",
+		})
 	}
 	if c.Listener && !c.host.WaitKillable {
 		c.Notes = append(c.Notes, "a signal interrupts a call that waits for the supervisor, which is then asked again: SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV is not supported here (libseccomp 2.6, Linux 5.19)")

@@ -29,6 +29,9 @@ type PhaseHost struct {
 	CgroupConnect bool `json:"cgroupConnect"`
 	// Inject: another task can be given a filter (ptrace).
 	Inject bool `json:"inject"`
+	// Denials: what filters deny can be seen, and the runtime knows
+	// SECCOMP_FILTER_FLAG_LOG.
+	Denials bool `json:"denials"`
 }
 
 // PhaseOptions say for which filter phases are compiled.
@@ -40,6 +43,21 @@ type PhaseOptions struct {
 	Runtime string
 	// NewerThanKernel are calls that the kernel lacks; see RenderOptions.
 	NewerThanKernel []string
+	// Log has the kernel's audit log told of what the filter denies.
+	Log bool
+}
+
+// FlagLog is the flag of a plan's profile that PhaseOptions.Log means.
+const FlagLog specs.LinuxSeccompFlag = "SECCOMP_FILTER_FLAG_LOG"
+
+// Logs says whether the kernel's audit log is told of what the plan's filters deny.
+func (p *PhasePlan) Logs() bool { return slices.Contains(p.Profile.Flags, FlagLog) }
+
+// FallsBack says whether a denied call is one that programs try for what another does if
+// they are answered ENOSYS, as they are: its flags are in memory, or the kernel lacks it. A
+// thread of glibc's begins with such a denial.
+func (p *PhasePlan) FallsBack(name string) bool {
+	return flagsInMemory[name] != "" || slices.Contains(p.newer, name)
 }
 
 // Mechanism is how one call, or some of its forms, is allowed in some phases and not
@@ -164,7 +182,7 @@ func CompilePhases(s *PhaseSet, host PhaseHost, o PhaseOptions) (*PhasePlan, err
 	if p.regions, err = s.regions(o.Runtime); err != nil {
 		return nil, err
 	}
-	c := &phaseCompiler{PhasePlan: p, host: host, architectures: sortedABIs(slices.Clone(o.Architectures))}
+	c := &phaseCompiler{PhasePlan: p, host: host, log: o.Log, architectures: sortedABIs(slices.Clone(o.Architectures))}
 	if len(c.architectures) == 0 {
 		c.architectures = []ABI{specs.ArchX86_64}
 	}

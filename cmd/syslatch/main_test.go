@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/syslatch/syslatch/profiles"
+	"github.com/syslatch/syslatch/test/harness"
 )
 
 // beMain makes this test binary be syslatch itself, so that the tests run what
@@ -31,7 +33,25 @@ func TestMain(m *testing.M) {
 	if os.Getenv(beMain) != "" {
 		main()
 	}
-	os.Exit(m.Run())
+	os.Exit(onBPFFS(m))
+}
+
+// onBPFFS has a bpffs for what syslatch run pins.
+func onBPFFS(m *testing.M) int {
+	if os.Geteuid() != 0 {
+		return m.Run()
+	}
+	unmount, err := harness.MountBPFFS()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	status := m.Run()
+	if err := unmount(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return status
 }
 
 type result struct {

@@ -123,7 +123,7 @@ executed: the initial phase, and what the runtime calls until then.
 
 Then it says what can't be enforced on this host, why, and what would help. The host
 is looked at as 'syslatch doctor' does; --assume takes its place, a list of notify,
-wait-killable, lsm, cgroup-connect and inject, or all, or none.
+wait-killable, lsm, cgroup-connect, inject and denials, or all, or none.
 
 JSON output has the schema ` + phasesSchema + `; fields may be added to it.
 
@@ -187,11 +187,11 @@ func loadPhases(path, name, flag string) (*policy.Policy, error) {
 
 const phasesSchema = "syslatch.dev/phases/v1"
 
-var hostFeatures = []string{"notify", "wait-killable", "lsm", "cgroup-connect", "inject"}
+var hostFeatures = []string{"notify", "wait-killable", "lsm", "cgroup-connect", "inject", "denials"}
 
 // featuresOf are the fields of a host by the names of hostFeatures.
 func featuresOf(h *profiles.PhaseHost) []*bool {
-	return []*bool{&h.Notify, &h.WaitKillable, &h.LSM, &h.CgroupConnect, &h.Inject}
+	return []*bool{&h.Notify, &h.WaitKillable, &h.LSM, &h.CgroupConnect, &h.Inject, &h.Denials}
 }
 
 func parseAssume(text string) (h profiles.PhaseHost, err error) {

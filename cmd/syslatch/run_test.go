@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,8 @@ import (
 	"time"
 
 	"github.com/syslatch/syslatch/bpf"
+	"golang.org/x/sys/unix"
+
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
 )
@@ -308,6 +311,45 @@ policies:
 	p.wait()
 	data, err := os.ReadFile(p.events)
 	if err != nil || !regexp.MustCompile(`"kind":"denied".*"from":"call".*"call":"(cgroup/connect4|lsm/socket_connect)".*"count":1`).Match(data) {
+		t.Errorf("events: %s, %v", data, err)
+	}
+}
+
+// tick waits until the kernel's coarse clock goes on.
+func tick() {
+	now := func() (ts unix.Timespec) {
+		_ = unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &ts) // it is always there
+		return ts
+	}
+	for before := now(); now() == before; {
+	}
+}
+
+// TestRunTellsOfFilters: so is what the filters deny by themselves, that of an irreversible
+// phase too, of processes that end at once.
+func TestRunTellsOfFilters(t *testing.T) {
+	policy := strings.Replace(irreversiblePolicy, "  phases:\n", "  logDenials: true\n  phases:\n", 1)
+	p := startPhased(t, policy)
+	p.does("unshare -n true", "1")
+	tick() // or audit's clock has the same time for both
+	p.set("write", 0)
+	p.set("locked", 0)
+	p.does("cd /", "2") // dash's
+	p.wait()
+	data, err := os.ReadFile(p.events)
+	for _, want := range []string{
+		`"from":"work","call":"SCMP_ARCH_X86_64 unshare","pid":[0-9]+,"count":1}`,
+		`"from":"locked","call":"SCMP_ARCH_X86_64 chdir","pid":[0-9]+,"count":1}`,
+	} {
+		if err != nil || len(regexp.MustCompile(want).FindAll(data, -1)) != 1 {
+			t.Errorf("events: want one of %s in %s, %v", want, data, err)
+		}
+	}
+	// Before the policy says so, nothing is told of them.
+	p = startPhased(t, irreversiblePolicy)
+	p.does("unshare -n true", "1")
+	p.wait()
+	if data, err := os.ReadFile(p.events); err != nil || bytes.Contains(data, []byte("unshare")) {
 		t.Errorf("events: %s, %v", data, err)
 	}
 }

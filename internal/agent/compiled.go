@@ -34,7 +34,9 @@ type phasesInput struct {
 
 func inputOf(d *policy.Decision, ip *instancePhases) *phasesInput {
 	p := policy.Policy{MustAllow: d.MustAllow, MustDeny: d.MustDeny, Phases: d.Phases}
-	return &phasesInput{d.Policy, p.Set(), ip.Host, profiles.PhaseOptions{Architectures: d.Architectures, NewerThanKernel: ip.Newer}}
+	return &phasesInput{d.Policy, p.Set(), ip.Host, profiles.PhaseOptions{
+		Architectures: d.Architectures, NewerThanKernel: ip.Newer, Log: d.LogDenials && !ip.Record,
+	}}
 }
 
 func (in *phasesInput) compile() (*compiled, error) {
@@ -118,7 +120,7 @@ func (p *phasing) prepare() {
 		if of.Phases == nil || p.a.stopped.Err() != nil {
 			continue
 		}
-		d := &policy.Decision{Policy: of.Name, MustAllow: of.MustAllow, MustDeny: of.MustDeny, Phases: of.Phases, Architectures: of.Architectures}
+		d := &policy.Decision{Policy: of.Name, MustAllow: of.MustAllow, MustDeny: of.MustDeny, Phases: of.Phases, Architectures: of.Architectures, LogDenials: of.LogDenials}
 		is, err := p.plans.of(d, &instancePhases{Host: p.host, Newer: p.newer})
 		if err == nil {
 			is.tables()

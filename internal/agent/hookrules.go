@@ -191,10 +191,7 @@ func (g *guard) watch(sv *phase.Supervised) (stop func()) {
 			sv.Unhooked(err)
 		}
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	return during(func(ctx context.Context) {
 		tick := time.NewTicker(countEvery)
 		defer tick.Stop()
 		for {
@@ -206,8 +203,7 @@ func (g *guard) watch(sv *phase.Supervised) (stop func()) {
 				tell()
 			}
 		}
-	}()
-	return func() { cancel(); <-done }
+	})
 }
 
 // can adds to a host what the programs of its kernel can do.

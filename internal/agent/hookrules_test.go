@@ -8,12 +8,22 @@ import (
 	"testing"
 
 	"github.com/syslatch/syslatch/profiles"
+	"github.com/syslatch/syslatch/test/harness"
 )
 
 // TestRunsAtOnce: a run doesn't take the programs from one that has not begun its
 // command, and removes what one has left that was killed.
 func TestRunsAtOnce(t *testing.T) {
 	g := newGroup(t)
+	release, err := harness.MountBPFFS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := release(); err != nil {
+			t.Error(err)
+		}
+	}()
 	e, err := openEnforcer(&profiles.PhaseHost{}, g)
 	if err != nil {
 		t.Fatal(err)

@@ -35,6 +35,7 @@ const InjectCommand = "internal-inject"
 type injectScope struct {
 	Cgroup  string                    `json:"cgroup"`
 	Filters map[string]seccomp.Filter `json:"filters"` // by phase
+	Logs    bool                      `json:"logs"`
 }
 
 // injectOrder asks for one injection: of a task that is about to execute something, or
@@ -91,7 +92,7 @@ func startInjector(plan *profiles.PhasePlan, group *cgroup.Group) (*injector, er
 	if err := i.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start what puts filters on processes: %w", err)
 	}
-	if err := json.NewEncoder(i.in).Encode(injectScope{group.Path(), filters}); err != nil {
+	if err := json.NewEncoder(i.in).Encode(injectScope{group.Path(), filters, plan.Logs()}); err != nil {
 		return nil, errors.Join(fmt.Errorf("%w: %w", errInjectorGone, err), i.end())
 	}
 	go i.read(out)
@@ -186,7 +187,7 @@ func Injecting(in io.Reader, out io.Writer, log *logrus.Entry) error {
 	if err := orders.Decode(&s); err != nil {
 		return fmt.Errorf("the parent gave up: %w", err)
 	}
-	r := newRatchet(s.Filters, func() (inject.Scope, error) { return inject.Scope{Cgroup: s.Cgroup}, nil }, log)
+	r := newRatchet(s.Filters, s.Logs, func() (inject.Scope, error) { return inject.Scope{Cgroup: s.Cgroup}, nil }, log)
 	var mu sync.Mutex // out's
 	answers := json.NewEncoder(out)
 	var under sync.WaitGroup

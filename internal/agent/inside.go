@@ -113,6 +113,14 @@ func (p *phasing) cgroupOf(in *instance) uint64 {
 // those above it; 0 if none is.
 func above(h *cgroup.Hierarchy, pid int, wanted func(id uint64) bool) (uint64, error) {
 	dir, err := h.OfPID(pid)
+	if err != nil {
+		return 0, err
+	}
+	return aboveDir(h, dir, wanted)
+}
+
+// aboveDir begins with a directory.
+func aboveDir(h *cgroup.Hierarchy, dir string, wanted func(id uint64) bool) (_ uint64, err error) {
 	for ; err == nil && strings.HasPrefix(dir, h.Unified); dir = filepath.Dir(dir) {
 		var id uint64
 		if id, err = cgroup.ID(dir); err == nil && wanted(id) {
@@ -125,17 +133,15 @@ func above(h *cgroup.Hierarchy, pid int, wanted func(id uint64) bool) (uint64, e
 // InstanceOf is the instance whose process pid is, "" if it is none's. For it that
 // instance's phases are to be switched by itself, and those of others not at all.
 func (a *Agent) InstanceOf(pid int) (string, error) {
-	owned := map[uint64]string{}
-	for _, in := range append(a.all(), a.phases.allHooked()...) {
-		if id := a.phases.cgroupOf(in); id != 0 && in.Phases != nil {
-			owned[id] = in.Container.ID
-		}
-	}
-	id, err := above(a.phases.kernel.Hierarchy, pid, func(id uint64) bool { return owned[id] != "" })
+	owned := a.phases.owned()
+	id, err := above(a.phases.kernel.Hierarchy, pid, func(id uint64) bool { return owned[id] != nil })
 	if errors.Is(err, cgroup.ErrNoV2) {
 		err = nil
 	}
-	return owned[id], err
+	if in := owned[id]; in != nil {
+		return in.Container.ID, err
+	}
+	return "", err
 }
 
 // mounts are those of an instance whose socket is served.

@@ -34,6 +34,7 @@ type launchOrder struct {
 	// taken back by SIGKILL alone.
 	Listener     bool `json:"listener"`
 	WaitKillable bool `json:"waitKillable"`
+	Log          bool `json:"log"` // what the filter denies is told to the kernel's audit log
 }
 
 // launchError travels from the launched process to its parent.
@@ -140,7 +141,7 @@ func Launched(path string, argv []string) error {
 		return fail("the parent gave up", err)
 	}
 	gate.Close()
-	opts := seccomp.ExecOptions{NoNewPrivs: order.NoNewPrivs}
+	opts := seccomp.ExecOptions{NoNewPrivs: order.NoNewPrivs, Log: order.Log}
 	if order.Listener {
 		syscall.CloseOnExec(launchListenerFD)
 		socket := os.NewFile(launchListenerFD, "listener's socket")

@@ -22,6 +22,7 @@ import (
 
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/inject"
+	"github.com/syslatch/syslatch/internal/monitor"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -97,9 +98,13 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Wait(context.Background())
 		_ = group.Remove()
 	}()
-	programs, err := openEnforcer(&host, group)
-	if err != nil {
-		opts.Log.WithError(err).Debug("no BPF programs for phases") // the gaps say what that means
+	var supervised *phase.Supervised // before denials are told
+	seen, notSeen := openRunDenials(opts.Policy, opts.Log, group, func(d monitor.Denial) { supervised.Filtered(d.ABI, d.Number, d.PID, d.Count, d.Time) })
+	defer func() { err = errors.Join(err, seen.Close()) }()
+	host.Denials = seen != nil
+	programs, noPrograms := openEnforcer(&host, group)
+	if noPrograms != nil {
+		noPrograms = fmt.Errorf("no BPF programs for phases: %w", noPrograms)
 	}
 	defer func() {
 		_ = group.Kill() // nothing is to run without them
@@ -107,11 +112,17 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}()
 	plan, err := profiles.CompilePhases(opts.Policy.Set(), host, profiles.PhaseOptions{
 		Architectures: opts.Policy.Architectures, NewerThanKernel: seccomp.NewerThan(seccomp.KernelRelease()),
+		Log: opts.Policy.LogDenials,
 	})
 	if err != nil {
 		return 0, fmt.Errorf("policy %s: %w", opts.Policy.Name, err)
 	}
 	gaps := append(slices.Clone(plan.Gaps), limitGaps(opts.Policy.Phases)...)
+	for _, err := range []error{noPrograms, notSeen} {
+		if err != nil && len(gaps) > 0 { // which say what that means
+			fmt.Fprintf(opts.Messages, "syslatch: %v\n", err)
+		}
+	}
 	if mode := opts.Gaps; len(gaps) > 0 && (mode == policy.GapsDeny || mode == "" && opts.Policy.Phases.Gaps == policy.GapsDeny) {
 		return 0, &GapsError{opts.Policy.Name, gaps}
 	}
@@ -147,6 +158,9 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
 		Barrier: freezer, Uncovered: uncovered(gaps),
 	}
+	if seen != nil {
+		instance.Filtered = seen.Tell
+	}
 	if injector != nil {
 		instance.Ratchet, instance.Enter = injector.put, injector.enter
 	}
@@ -158,11 +172,11 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		guarded.plan = plan
 	}
 	instance.Hooks = guarded.hooks()
-	supervised, err := supervisor.Add(instance)
-	if err != nil {
+	if supervised, err = supervisor.Add(instance); err != nil {
 		return 0, err
 	}
 	defer supervisor.End(instance.ID)
+	defer during(seen.Watch)()
 	if opts.Serve != nil {
 		hierarchy, serveErr := cgroup.Detect()
 		if serveErr != nil {
@@ -213,6 +227,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	go func() { received <- takeListener(ours, supervised) }()
 	failed := child.proceed(launchOrder{
 		Filter: filter, NoNewPrivs: opts.NoNewPrivs || effective&(1<<unix.CAP_SYS_ADMIN) == 0, Listener: plan.Listener, WaitKillable: slices.Contains(support.Flags, "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"),
+		Log: plan.Logs(),
 	})
 	if ours != nil {
 		// The launched process is the command now, or has ended: nothing more comes.

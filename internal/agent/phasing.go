@@ -37,6 +37,7 @@ type phasing struct {
 	host       profiles.PhaseHost
 	newer      []string
 	programs   programs
+	denials    denials
 	plans      plans
 	socket     string // to which runtimes send listeners
 	listener   *net.UnixListener
@@ -89,6 +90,9 @@ func newPhasing(a *Agent, kernel kernelHost, opts Options) (_ *phasing, err erro
 	if err := os.Chmod(p.socket, 0o600); err != nil {
 		return nil, errors.Join(err, p.listener.Close())
 	}
+	if logDenials(a.policy) {
+		p.host.Denials = p.seeDenials() == nil
+	}
 	return p, nil
 }
 
@@ -105,7 +109,7 @@ func (p *phasing) Close() error {
 		err = errors.Join(err, p.holder.Close())
 		p.holder = nil
 	}
-	return errors.Join(err, p.supervisor.Close(), p.programs.Close())
+	return errors.Join(err, p.supervisor.Close(), p.programs.Close(), p.denials.Close())
 }
 
 // Phases switches the phases of this agent's instances; nil if the policy file has
@@ -248,6 +252,11 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if in.marked() {
 		return p.superviseMarks(in, is, now)
 	}
+	var filtered func()
+	if is.plan.Logs() {
+		_ = p.seeDenials() // where there is no way, that is among the gaps, and logged
+		filtered = func() { p.tellDenials(false) }
+	}
 	lost := p.programs.find(in, is.plan, &now)
 	in.limits.begin(now.Original)
 	in.kept.now = now
@@ -257,7 +266,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if err != nil {
 		return nil, fmt.Errorf("policy %s: %w", in.Decision.Policy, err)
 	}
-	ratchet := newRatchet(filters, in.barrier.scope, p.a.instanceLog(in))
+	ratchet := newRatchet(filters, is.plan.Logs(), in.barrier.scope, p.a.instanceLog(in))
 	in.supervised, err = p.supervisor.Add(phase.Instance{
 		ID: c.ID, Name: c.Name, Workload: in.Decision.Workload, Policy: in.Decision.Policy,
 		Set: is.set, Plan: is.plan, Tables: is.tables(), Initial: now.Phase, Generation: now.Generation,
@@ -276,6 +285,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
 		Ratchet:   ratchet.put,
 		Enter:     ratchet.enter,
+		Filtered:  filtered,
 		HasBegun:  in.executed(),
 		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})

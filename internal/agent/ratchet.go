@@ -19,13 +19,14 @@ import (
 type ratchet struct {
 	filters map[string]seccomp.Filter // by phase
 	scope   func() (inject.Scope, error)
+	logs    bool // what they deny is told
 	log     *logrus.Entry
 	turn    chan struct{} // held while an injection is under way
 }
 
 // newRatchet: scope is the instance's cgroup.
-func newRatchet(filters map[string]seccomp.Filter, scope func() (inject.Scope, error), log *logrus.Entry) *ratchet {
-	return &ratchet{filters: filters, scope: scope, log: log, turn: make(chan struct{}, 1)}
+func newRatchet(filters map[string]seccomp.Filter, logs bool, scope func() (inject.Scope, error), log *logrus.Entry) *ratchet {
+	return &ratchet{filters: filters, logs: logs, scope: scope, log: log, turn: make(chan struct{}, 1)}
 }
 
 func compileRatchets(plan *profiles.PhasePlan) (map[string]seccomp.Filter, error) {
@@ -133,6 +134,7 @@ func (r *ratchet) enter(tid int, phase string) error {
 func (r *ratchet) options(phase string) inject.Options {
 	return inject.Options{
 		Force: true, Partial: true, // what the filter denies, the phase does
+		Log: r.logs,
 		Waiting: func(message string) {
 			r.log.WithFields(logrus.Fields{"phase": phase, "reason": message}).Warn("a process is slow to take the phase's own filter")
 		},

@@ -83,7 +83,7 @@ func TestRatchetNamesWhatDoesNotStop(t *testing.T) {
 	before := filters(other)
 	log := logrus.New()
 	log.Out = io.Discard
-	r := newRatchet(map[string]seccomp.Filter{"locked": seccomp.AllowAllFilter()}, func() (inject.Scope, error) { return inject.Scope{Cgroup: g.Path()}, nil }, logrus.NewEntry(log))
+	r := newRatchet(map[string]seccomp.Filter{"locked": seccomp.AllowAllFilter()}, false, func() (inject.Scope, error) { return inject.Scope{Cgroup: g.Path()}, nil }, logrus.NewEntry(log))
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
 	defer cancel()
 	err = r.put(ctx, "locked")

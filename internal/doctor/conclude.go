@@ -100,11 +100,14 @@ func (r *Report) loaders() string {
 // recording with the version.
 func (r *Report) violations() Mechanism {
 	m := r.job("violations", "each recording of audit mode is compared with the version, at its end", []string{"bpf.recorder", "bpffs"})
-	if r.status("bpf.fentry") != OK {
-		m.Uses += "; live reports by fentry/audit_seccomp are not possible"
-		if m.Status == OK {
-			m.Status, m.Remedy = Warn, r.see("bpf.fentry")
-		}
+	if m.Status == Missing {
+		return m
+	}
+	if seen, ok := strings.CutPrefix(r.found("seccomp.denials"), "seen by "); ok {
+		m.Uses += "; what the filters of phases deny is told at once, by " + seen + " (logDenials)"
+	} else {
+		m.Uses += "; what filters deny can't be told at once"
+		m.Status, m.Remedy = Warn, r.see("seccomp.denials")
 	}
 	return m
 }

@@ -70,7 +70,16 @@ func (m *machine) host(release string) *Host {
 			}
 			return all
 		},
-		Seccomp:      func() (seccomp.Support, error) { return m.seccomp, nil },
+		Seccomp: func() (seccomp.Support, error) { return m.seccomp, nil },
+		Denials: func() (string, error) {
+			if m.broken["fentry"] != nil && m.broken["tp_btf"] != nil {
+				return "", m.broken["fentry"]
+			}
+			if m.broken["fentry"] != nil {
+				return "audit netlink", nil
+			}
+			return "fentry/audit_seccomp", nil
+		},
 		OpenRecorder: func() error { return m.recorder },
 		Find: func(name string) (string, error) {
 			if m.programs[name] == nil {

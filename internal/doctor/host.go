@@ -21,6 +21,7 @@ import (
 
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/monitor"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
@@ -35,6 +36,8 @@ type Host struct {
 	Cgroup  func() (*cgroup.Hierarchy, error)
 	Probe   func(cgroupRoot string) []bpf.Feature
 	Seccomp func() (seccomp.Support, error)
+	// Denials says why denials by filters can't be seen, or by what they are.
+	Denials func() (mechanism string, err error)
 	// OpenRecorder loads the recorder's programs and lets them go.
 	OpenRecorder func() error
 	// Find is the path of an executable, or an error that wraps fs.ErrNotExist.
@@ -53,6 +56,7 @@ func System() *Host {
 		Cgroup:   cgroup.Detect,
 		Probe:    bpf.Probe,
 		Seccomp:  seccomp.Info,
+		Denials:  monitor.Try,
 		OpenRecorder: func() error {
 			r, err := bpf.Open("", bpf.Options{NoPin: true})
 			if err != nil {

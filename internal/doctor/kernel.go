@@ -321,7 +321,19 @@ func checkSeccomp(_ context.Context, h *Host, _ Options) []Check {
 	if flags.Found == "" {
 		flags.Found = "none"
 	}
-	return []Check{library, actions, flags}
+	return []Check{library, actions, flags, checkDenials(h)}
+}
+
+func checkDenials(h *Host) Check {
+	c := Check{Name: "seccomp.denials", Status: OK, Uses: "events of what filters deny by themselves"}
+	mechanism, err := h.Denials()
+	if err != nil {
+		c.Status, c.Found = Warn, oneLine(err.Error())
+		c.Remedy = "run this as root, or with CAP_BPF and CAP_PERFMON, or with CAP_AUDIT_READ; 'sysctl kernel.seccomp.actions_logged' has to have errno"
+		return c
+	}
+	c.Found = "seen by " + mechanism
+	return c
 }
 
 func checkSystemd(_ context.Context, h *Host, _ Options) []Check {

@@ -25,7 +25,7 @@ func (r *Report) PhaseHost(runtime string) (profiles.PhaseHost, []Check) {
 		CgroupConnect: r.status("bpf.cgroup/connect4") == OK,
 		Inject:        r.status("inject") == OK,
 	}
-	names := []string{"seccomp.actions", "seccomp.flags", "bpf.lsm", "bpf.cgroup/connect4", "inject"}
+	names := []string{"seccomp.actions", "seccomp.flags", "seccomp.denials", "bpf.lsm", "bpf.cgroup/connect4", "inject"}
 	kernel := strings.Fields(r.found("seccomp.flags"))
 	for _, name := range runtimes {
 		name = "runtime." + name
@@ -37,9 +37,13 @@ func (r *Report) PhaseHost(runtime string) (profiles.PhaseHost, []Check) {
 		if !ok || r.status("seccomp.actions") != OK {
 			continue
 		}
-		const flag = "WAIT_KILLABLE_RECV" // in parentheses where it is only known
+		// In parentheses where it is only known.
+		knows := func(flag string) bool {
+			return slices.Contains(kernel, flag) && slices.Contains(strings.Fields(about), flag)
+		}
 		h.Notify = true
-		h.WaitKillable = h.WaitKillable || slices.Contains(kernel, flag) && slices.Contains(strings.Fields(about), flag)
+		h.WaitKillable = h.WaitKillable || knows("WAIT_KILLABLE_RECV")
+		h.Denials = h.Denials || r.status("seccomp.denials") == OK && knows("LOG")
 	}
 	checks := slices.Clone(r.Checks)
 	return h, slices.DeleteFunc(checks, func(c Check) bool { return !slices.Contains(names, c.Name) })

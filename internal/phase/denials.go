@@ -4,9 +4,12 @@ package phase
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/profiles"
@@ -44,21 +47,20 @@ const (
 	mostDenied = 4096
 )
 
-// add is on the way of every denied call.
-func (d *denials) add(n *seccomp.Notification, phase string) {
-	d.total.Add(1)
-	key := denied{phase, n.ABI, n.Number}
+// add is on the way of every denied call that the supervisor is asked about.
+func (d *denials) add(key denied, pid int, count uint64) {
+	d.total.Add(count)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if x := d.pending[key]; x != nil {
-		x.count++
+		x.count += count
 		return
 	}
 	if d.pending == nil {
 		d.pending = map[denied]*denial{}
 	}
 	if len(d.pending) < mostDenied {
-		d.pending[key] = &denial{n.PID, 1}
+		d.pending[key] = &denial{pid, count}
 	}
 	if !d.reporting {
 		d.reporting = true
@@ -111,6 +113,47 @@ func (sv *Supervised) reportDenied(phase string, call profiles.Call, pid int, co
 	}
 	sv.emit(Event{Kind: Denied, From: phase, Call: fmt.Sprintf("%s %s", call.ABI, name), PID: pid, Count: count})
 }
+
+// Filtered tells of calls that the instance's filters denied by themselves. The phase is the
+// one of that time, as audit has it, to a tick of the kernel's; the present one if it is zero.
+func (sv *Supervised) Filtered(abi profiles.ABI, number uint32, pid int, count uint64, at time.Time) {
+	if name, ok := seccomp.Name(abi, number); ok && sv.in.Plan.FallsBack(name) {
+		return
+	}
+	sv.mu.Lock()
+	phase, ended := sv.status.Phase, sv.status.State == Ended
+	if !at.IsZero() {
+		for _, p := range slices.Backward(sv.past) {
+			if !at.Before(p.until) {
+				break
+			}
+			phase = p.phase
+		}
+	}
+	sv.mu.Unlock()
+	if !ended {
+		sv.denials.add(denied{phase, abi, number}, pid, count)
+	}
+}
+
+// past is an earlier phase.
+type past struct {
+	phase string
+	until time.Time // by auditTime
+}
+
+// auditTime is by the clock of audit's records, which stands for up to 10 ms, and is written
+// there in milliseconds.
+func auditTime() time.Time {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
+		return time.Now() // it is always there
+	}
+	return time.Unix(now.Unix()).Truncate(time.Millisecond)
+}
+
+// mostPast is how many are kept, for denials that are told late.
+const mostPast = 32
 
 // Denied tells of what one of the kernel's programs denied in a phase.
 func (sv *Supervised) Denied(phase, program string, count uint64) {

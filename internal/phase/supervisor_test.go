@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -630,6 +631,49 @@ func TestDenialsAreAggregated(t *testing.T) {
 	}
 	if first := f.events[1]; total != 100 || first.PID != 7 || len(f.events) > 20 {
 		t.Errorf("%d denials in %d events, the first %+v", total, len(f.events), first)
+	}
+}
+
+// TestFiltered: denials that nobody was asked about are of the phase of their time, and
+// those that programs make to try a call are none.
+func TestFiltered(t *testing.T) {
+	f := newFixture(t)
+	number := func(name string) uint32 {
+		n, ok := seccomp.Number(specs.ArchX86_64, name)
+		if !ok {
+			t.Fatalf("no call %s", name)
+		}
+		return n
+	}
+	mount, clone3 := number("mount"), number("clone3")
+	before := auditTime()
+	for auditTime().Equal(before) { // it stands for up to 10 ms
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := f.to(t, "write_logs", SetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	f.Filtered(specs.ArchX86_64, mount, 7, 2, before)
+	f.Filtered(specs.ArchX86_64, mount, 8, 3, auditTime())
+	f.Filtered(specs.ArchX86_64, mount, 9, 4, time.Time{})
+	f.Filtered(specs.ArchX86_64, clone3, 7, 5, time.Time{})
+	f.Filtered(specs.ArchX32, 4711, 7, 1, before.Add(-time.Hour))
+	if st, err := f.Get("i"); err != nil || st.Denied != 10 {
+		t.Errorf("status says %d, %v", st.Denied, err)
+	}
+	f.End("i")
+	f.Filtered(specs.ArchX86_64, mount, 7, 100, time.Time{})
+	got := map[string]uint64{}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, e := range f.events {
+		if e.Kind == Denied {
+			got[e.From+" "+e.Call] += e.Count
+		}
+	}
+	want := map[string]uint64{"read_only SCMP_ARCH_X86_64 mount": 2, "write_logs SCMP_ARCH_X86_64 mount": 7, "read_only SCMP_ARCH_X32 4711": 1}
+	if !maps.Equal(got, want) || f.events[len(f.events)-1].Kind != Over {
+		t.Errorf("got %v, want %v; the last event is %+v", got, want, f.events[len(f.events)-1])
 	}
 }
 

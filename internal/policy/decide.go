@@ -51,6 +51,7 @@ func (p *Policy) decide(c Container, im image) (Decision, error) {
 		ExistingProfile: p.ExistingProfile,
 		Activate:        p.Activate,
 		AllowLosses:     p.AllowLosses,
+		LogDenials:      p.LogDenials,
 		Reasons:         []string{fmt.Sprintf("policy %s matches", p.Name)},
 	}
 	d.Reasons = append(d.Reasons, strangeAnnotations(c.Annotations)...)

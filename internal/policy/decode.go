@@ -301,7 +301,7 @@ var (
 func (v value) policy() (Policy, bool) {
 	understood := false
 	p := Policy{Line: v.Line, Workload: DefaultWorkload, ExistingProfile: ExistingKeep, Activate: ActivatePublish}
-	var modeAt, denyAt, allowedAt, phasesAt value
+	var modeAt, denyAt, allowedAt, phasesAt, logAt value
 	seen := v.object(fields{
 		"name": func(v value) {
 			if v.stringInto(&p.Name) && !policyName.MatchString(p.Name) {
@@ -332,6 +332,7 @@ func (v value) policy() (Policy, bool) {
 		"failure":     func(v value) { choiceInto(v, &p.Failure, []Failure{FailureDeny, FailureRuntimeDefault}) },
 		"allowLosses": func(v value) { v.boolInto(&p.AllowLosses) },
 		"phases":      func(v value) { phasesAt = v },
+		"logDenials":  func(v value) { logAt = v; v.boolInto(&p.LogDenials) },
 	})
 	if seen == nil {
 		return p, false
@@ -355,6 +356,9 @@ func (v value) policy() (Policy, bool) {
 	}
 	if seen["phases"] && p.Mode == ModeAudit && !slices.ContainsFunc(p.AllowedModes, Mode.hasPhases) {
 		modeAt.errorf("%s knows no phases, they would have no effect; want record or enforce, or one of them among allowedModes", p.Mode)
+	}
+	if seen["logDenials"] && !seen["phases"] {
+		logAt.errorf("has no effect without phases")
 	}
 	for _, call := range p.MustDeny {
 		if slices.Contains(p.MustAllow, call) {

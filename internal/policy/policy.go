@@ -204,6 +204,8 @@ type Policy struct {
 	// Failure is empty where the file gives none: the mode decides then.
 	Failure     Failure
 	AllowLosses bool
+	// LogDenials: the filters of phases have the kernel tell of what they deny.
+	LogDenials bool
 	// Phases is nil where the file gives none, and where [Options].Phases isn't set.
 	Phases *Phases
 }
@@ -380,6 +382,7 @@ type Decision struct {
 	Activate        Activate        `json:"activate,omitempty"`
 	Failure         Failure         `json:"failure"`
 	AllowLosses     bool            `json:"allowLosses,omitempty"`
+	LogDenials      bool            `json:"logDenials,omitempty"`
 	// Phases are in force in mode enforce, from Phase on; in mode record they are marks
 	// of the recording. nil if there are none, and in mode audit.
 	Phases *Phases `json:"phases,omitempty"`

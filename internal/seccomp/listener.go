@@ -298,7 +298,7 @@ func one(fd int, n *Notification, decide func(*Notification) (bool, uint)) (err 
 	}()
 	*n = Notification{ID: in.id, PID: int(in.pid), Args: in.data.args, IP: in.data.ip}
 	var known bool
-	if n.ABI, n.Number, known = entry(in.data.arch, in.data.nr); known {
+	if n.ABI, n.Number, known = CallOf(in.data.arch, in.data.nr); known {
 		goOn, errno := decide(n)
 		switch {
 		case goOn:
@@ -315,8 +315,9 @@ func one(fd int, n *Notification, decide func(*Notification) (bool, uint)) (err 
 	return err
 }
 
-// entry is the ABI of a call, and its number under that.
-func entry(arch, nr uint32) (profiles.ABI, uint32, bool) {
+// CallOf is the ABI of a call as the kernel has it, by an AUDIT_ARCH and a number, and its
+// number under that.
+func CallOf(arch, nr uint32) (profiles.ABI, uint32, bool) {
 	switch {
 	case arch == unix.AUDIT_ARCH_X86_64 && nr&x32Bit != 0:
 		return specs.ArchX32, nr &^ x32Bit, true

@@ -312,7 +312,7 @@ func TestEntry(t *testing.T) {
 		{unix.AUDIT_ARCH_I386, 11, specs.ArchX86, 11, true},
 		{unix.AUDIT_ARCH_AARCH64, 11, "", 0, false},
 	} {
-		if abi, number, known := entry(tc.arch, tc.nr); abi != tc.abi || number != tc.number || known != tc.known {
+		if abi, number, known := CallOf(tc.arch, tc.nr); abi != tc.abi || number != tc.number || known != tc.known {
 			t.Errorf("%#x %d: %s %d %v", tc.arch, tc.nr, abi, number, known)
 		}
 	}

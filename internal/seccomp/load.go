@@ -21,6 +21,8 @@ type ExecOptions struct {
 	// on standard error when the execve fails. The filter is in force by then,
 	// and likely too tight for a Go program to return an error.
 	ExitOnFailure int
+	// Log has the kernel tell its audit log of what the filter denies.
+	Log bool
 	// Handover, if not nil, has the filter's listener sent to a supervisor.
 	Handover *Handover
 }
@@ -67,13 +69,17 @@ func LoadAndExec(f Filter, opts ExecOptions, path string, argv, env []string) er
 		}
 	}
 	var flags uintptr
+	if opts.Log {
+		flags = unix.SECCOMP_FILTER_FLAG_LOG
+	}
 	var h *handover
 	var listener *uint32
 	if opts.Handover != nil {
 		if h, err = opts.Handover.start(f); err != nil {
 			return fmt.Errorf("handover: %w", err)
 		}
-		flags, listener = h.flags, (*uint32)(&h.c.listener)
+		flags |= h.flags
+		listener = (*uint32)(&h.c.listener)
 	}
 	var handlers [lastSignal + 1]kernelSigaction
 	resetSignals(&handlers)

@@ -25,8 +25,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/store"
 	"github.com/syslatch/syslatch/profiles"
@@ -253,18 +251,12 @@ func startHost(ctx context.Context, o harness.Options) (*harness.Host, error) {
 
 func mountBPFFS(t *testing.T) {
 	t.Helper()
-	var st unix.Statfs_t
-	if err := unix.Statfs("/sys/fs/bpf", &st); err != nil {
-		t.Fatal(err)
-	}
-	if st.Type == unix.BPF_FS_MAGIC {
-		return
-	}
-	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, ""); err != nil {
+	unmount, err := harness.MountBPFFS()
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount("/sys/fs/bpf", 0); err != nil {
+		if err := unmount(); err != nil {
 			t.Errorf("unmount bpffs: %v", err)
 		}
 	})

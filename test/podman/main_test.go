@@ -72,7 +72,7 @@ func runTests(m *testing.M) (_ int, err error) {
 			return 0, err
 		}
 	}
-	unmount, err := mountBPFFS()
+	unmount, err := harness.MountBPFFS()
 	if err != nil {
 		return 0, err
 	}
@@ -114,20 +114,6 @@ func build(dir string) error {
 		}
 	}
 	return nil
-}
-
-func mountBPFFS() (unmount func() error, err error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs("/sys/fs/bpf", &st); err != nil {
-		return nil, err
-	}
-	if st.Type == unix.BPF_FS_MAGIC {
-		return func() error { return nil }, nil
-	}
-	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, ""); err != nil {
-		return nil, err
-	}
-	return func() error { return unix.Unmount("/sys/fs/bpf", 0) }, nil
 }
 
 // removeCgroups removes what podman leaves of our cgroups: the parent, and

@@ -547,6 +547,47 @@ func TestRatchet(t *testing.T) {
 	})
 }
 
+// TestFilterDenials: what filters deny by themselves is an event where the policy says so
+// and the runtime knows the flag, which an old runc says that it doesn't.
+func TestFilterDenials(t *testing.T) {
+	each(t, func(t *testing.T, runtime string) {
+		e := newEnv(t, runtime, "", `
+- name: agent
+  match: {}
+  mode: enforce
+  existingProfile: replace
+  logDenials: true
+  phases:
+    initial: work
+    gaps: report
+    work: {allow: ["@file-read", "@basic-io", "@process", mkdir]}
+    locked: {allow: ["@basic-io", "@process"], irreversible: true}
+`)
+		d := e.startDaemon("ratchet.conf", "log-denials.conf")
+		if strings.HasSuffix(runtime, "runc") {
+			if got := e.run("old", nil, "true"); got.code == 0 || !strings.Contains(got.stderr, "seccomp flags") {
+				t.Errorf("%+v", got)
+			}
+			return
+		}
+		s := e.shell(runArgs("agent", []string{"--interactive"}, "sh")...)
+		denied := func(what, from, call string) {
+			t.Helper()
+			if got := s.status(what); got == "0" {
+				t.Errorf("%s: not denied", what)
+			}
+			d.wait("phase event", `"denied"`, `"from":"`+from+`"`, "SCMP_ARCH_X86_64 "+call)
+		}
+		denied("unshare -n true", "work", "unshare")
+		id, _ := e.idAndPID("agent")
+		e.phase("set", id, "locked", "--timeout", "30s")
+		denied("mkdir /tmp/x", "locked", "mkdir")
+		s.end()
+		e.wait("an end of all instances", func() bool { return len(e.supervised()) == 0 })
+		e.idle()
+	})
+}
+
 // A container with phases starts in the one that it is to start in, and only where
 // somebody supervises it; what has ended costs nothing.
 func TestPhaseAtCreate(t *testing.T) {

@@ -180,6 +180,7 @@ var capabilities = []struct {
 	{"CAP_PERFMON", unix.CAP_PERFMON, true, "programs that read the kernel's structures"},
 	{"CAP_SYS_ADMIN", unix.CAP_SYS_ADMIN, false, "filters without no_new_privs, mounts, ids of others' objects"},
 	{"CAP_SYS_RESOURCE", unix.CAP_SYS_RESOURCE, false, "lowering oom_score_adj, raising rlimits"},
+	{"CAP_DAC_OVERRIDE", unix.CAP_DAC_OVERRIDE, false, "oom_score_adj by phase, of containers that don't run as root"},
 	{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, false, "reading of other users' processes, filters for processes that run"},
 }
 

@@ -151,7 +151,7 @@ func (d *Denials) tell(last bool) {
 		d.found(one)
 	}
 	if lost > 0 {
-		d.log.WithField("count", lost).Warn("denials by filters can't be told: there were too many at once, or their process had ended before it could be looked at")
+		d.log.WithField("at_least", lost).Warn("denials by filters can't be told: there were too many at once, or their process had ended before it could be looked at")
 	}
 	if err != nil {
 		d.log.WithError(err).Error("denials by filters can't be read")

@@ -19,10 +19,18 @@
 #define SECCOMP_RET_USER_NOTIF 0x7fc00000U
 #define SECCOMP_RET_LOG 0x7ffc0000U
 
+/* Cgroups whose tasks' denials are wanted, and those of tasks below. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u32);
+} watched SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 16384);
+	__uint(max_entries, 65536);
 	__type(key, struct denial_key);
 	__type(value, struct denial_count);
 } denied_calls SEC(".maps");
@@ -35,12 +43,28 @@ struct {
 	__type(value, __u64);
 } denied_lost SEC(".maps");
 
+/* The watched cgroup that the current task is in, or below. */
+static __noinline __u64 watched_cgroup(void)
+{
+	__u64 id;
+	int i;
+
+	for (i = 0; i < DENIAL_DEPTH; i++) {
+		id = bpf_get_current_ancestor_cgroup_id(i);
+		if (!id)
+			break;
+		if (bpf_map_lookup_elem(&watched, &id))
+			return id;
+	}
+	return 0;
+}
+
 SEC("fentry/audit_seccomp")
 int BPF_PROG(syslatch_audit, unsigned long syscall, long signr, int code)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
+	__u32 nr = syscall, zero = 0, *tag;
 	struct denial_count first = {}, *c;
-	__u32 nr = syscall, zero = 0;
 	struct denial_key key = {};
 	__u64 *lost;
 
@@ -50,7 +74,11 @@ int BPF_PROG(syslatch_audit, unsigned long syscall, long signr, int code)
 	if ((__u32)code == SECCOMP_RET_LOG ||
 	    (__u32)code == SECCOMP_RET_USER_NOTIF)
 		return 0;
-	key.cgroup = task->cgroups->dfl_cgrp->kn->id;
+	key.cgroup = watched_cgroup();
+	tag = bpf_map_lookup_elem(&watched, &key.cgroup);
+	if (!tag)
+		return 0;
+	key.tag = *tag;
 	key.arch = task->thread_info.status & TS_COMPAT ? AUDIT_ARCH_I386
 							: AUDIT_ARCH_X86_64;
 	key.nr = (nr & ~X32_SYSCALL_BIT) < DENIAL_CALLS ? nr : DENIAL_CALLS;
@@ -77,8 +105,8 @@ int BPF_PROG(syslatch_audit, unsigned long syscall, long signr, int code)
 	return 0;
 }
 
-/* For who reads audit's records, which name a process alone: the cgroup of each
- * that could be denied something and has ended.
+/* For who reads audit's records, which name a process alone: the watched cgroup
+ * of each that could be denied something and has ended.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -95,8 +123,9 @@ int BPF_PROG(syslatch_end, struct task_struct *task)
 
 	if (pid != (__u32)both || !task->seccomp.filter_count.counter)
 		return 0;
-	cgroup = task->cgroups->dfl_cgrp->kn->id;
-	bpf_map_update_elem(&ended, &pid, &cgroup, BPF_ANY);
+	cgroup = watched_cgroup();
+	if (cgroup)
+		bpf_map_update_elem(&ended, &pid, &cgroup, BPF_ANY);
 	return 0;
 }
 

@@ -23,8 +23,10 @@ type denialsDenialCount struct {
 type denialsDenialKey struct {
 	_      structs.HostLayout
 	Cgroup uint64
+	Tag    uint32
 	Nr     uint32
 	Arch   uint32
+	Pad    uint32
 }
 
 // Names of all BPF objects in the ELF.
@@ -34,6 +36,7 @@ const (
 	denialsMapDeniedCalls    = "denied_calls"
 	denialsMapDeniedLost     = "denied_lost"
 	denialsMapEnded          = "ended"
+	denialsMapWatched        = "watched"
 	denialsProgSyslatchAudit = "syslatch_audit"
 	denialsProgSyslatchEnd   = "syslatch_end"
 )
@@ -91,6 +94,7 @@ type denialsMapSpecs struct {
 	DeniedCalls *ebpf.MapSpec `ebpf:"denied_calls"`
 	DeniedLost  *ebpf.MapSpec `ebpf:"denied_lost"`
 	Ended       *ebpf.MapSpec `ebpf:"ended"`
+	Watched     *ebpf.MapSpec `ebpf:"watched"`
 }
 
 // denialsVariableSpecs contains global variables before they are loaded into the kernel.
@@ -122,6 +126,7 @@ type denialsMaps struct {
 	DeniedCalls *ebpf.Map `ebpf:"denied_calls"`
 	DeniedLost  *ebpf.Map `ebpf:"denied_lost"`
 	Ended       *ebpf.Map `ebpf:"ended"`
+	Watched     *ebpf.Map `ebpf:"watched"`
 }
 
 func (m *denialsMaps) Close() error {
@@ -129,6 +134,7 @@ func (m *denialsMaps) Close() error {
 		m.DeniedCalls,
 		m.DeniedLost,
 		m.Ended,
+		m.Watched,
 	)
 }
 

@@ -9,18 +9,18 @@ import (
 
 	"github.com/sirupsen/logrus"
 
-	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/monitor"
+	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
+	"github.com/syslatch/syslatch/profiles"
 )
 
-// denials tells instances of what their filters deny by themselves, once there is one
-// whose filters log that.
+// denials sees what filters deny by themselves, once there is an instance whose filters
+// log that.
 type denials struct {
 	mu    sync.Mutex
 	tried bool             // guarded by mu
 	seen  *monitor.Denials // guarded by mu; nil before, and where there is no way
-	why   error            // guarded by mu: then
 }
 
 // logDenials says whether a policy has filters log what they deny.
@@ -28,103 +28,95 @@ func logDenials(p *policy.File) bool {
 	return slices.ContainsFunc(p.Policies, func(p policy.Policy) bool { return p.LogDenials })
 }
 
-// seeDenials begins to look at denials, or says why there is no way to. Those of the time
-// before are nobody's.
-func (p *phasing) seeDenials() error {
+// seeDenials begins to, at the first call; nil if there is no way.
+func (p *phasing) seeDenials() *monitor.Denials {
 	d := &p.denials
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.tried {
-		return d.why
+		return d.seen
 	}
 	d.tried = true
-	if d.seen, d.why = monitor.OpenDenials(p.a.log, p.denied); d.why != nil {
-		p.a.log.WithError(d.why).Warn("what the filters of phases deny by themselves is not told")
-		return d.why
+	seen, err := monitor.OpenDenials(p.a.log)
+	if err != nil {
+		p.a.log.WithError(err).Warn("what the filters of phases deny by themselves is not told")
+		return nil
 	}
-	p.a.log.WithField("by", d.seen.Mechanism()).Info("what the filters of phases deny by themselves is told")
-	seen := d.seen
-	p.a.spawn("tell of denials by filters", func() { seen.Watch(p.a.stopped) })
-	return nil
-}
-
-// tellDenials tells of those up to now; last waits for what is on its way.
-func (p *phasing) tellDenials(last bool) {
-	switch seen := p.denials.get(); {
-	case seen == nil:
-	case last:
-		seen.Flush()
-	default:
-		seen.Tell()
-	}
-}
-
-func (d *denials) get() *monitor.Denials {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.seen
+	p.a.log.WithField("by", seen.Mechanism()).Info("what the filters of phases deny by themselves is told")
+	d.seen = seen
+	p.a.spawn("tell of denials by filters", func() { seen.Run(p.a.stopped) })
+	return seen
 }
 
 func (d *denials) Close() error {
-	if seen := d.get(); seen != nil {
-		return seen.Close()
-	}
-	return nil
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.seen.Close()
 }
 
-// denied tells the instance whose cgroup it is, or is below. Others may have filters that
-// log, too.
-func (p *phasing) denied(d monitor.Denial) {
-	owned := p.owned()
-	in := owned[d.Cgroup]
-	if in == nil {
-		dir, err := p.kernel.Path(d.Cgroup)
-		if err != nil {
-			return // it ended, and was none of ours
-		}
-		id, err := aboveDir(p.kernel.Hierarchy, dir, func(id uint64) bool { return owned[id] != nil })
-		if err != nil || id == 0 {
-			return
-		}
-		in = owned[id]
-	}
-	if in.supervised != nil && !in.marked() {
-		in.supervised.Filtered(d.ABI, d.Number, d.PID, d.Count, d.Time)
+// filtered has an instance told what its filters deny by themselves.
+type filtered struct {
+	seen *monitor.Denials // nil: they don't log it, or nobody sees that
+	plan *profiles.PhasePlan
+	log  *logrus.Entry
+
+	mu     sync.Mutex
+	cgroup uint64 // guarded by mu; 0 before it is known
+	phase  string // guarded by mu: what was said last
+}
+
+// mark is phase.Instance's.
+func (f *filtered) mark(phase string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.phase = phase
+	if f.cgroup != 0 {
+		f.failed(f.seen.Tag(f.cgroup, f.number(phase)))
 	}
 }
 
-// owned is the instances that have phases, by their cgroups.
-func (p *phasing) owned() map[uint64]*instance {
-	owned := map[uint64]*instance{}
-	for _, in := range append(p.a.all(), p.allHooked()...) {
-		if id := p.cgroupOf(in); id != 0 && in.Phases != nil {
-			owned[id] = in
-		}
+// number is a phase's, as a tag.
+func (f *filtered) number(phase string) uint32 { return uint32(slices.Index(f.plan.Phases, phase)) }
+
+func (f *filtered) failed(err error) {
+	if err != nil {
+		f.log.WithError(err).Error("what the container's filters deny by themselves is not told")
 	}
-	return owned
 }
 
-// openRunDenials is for the command in a cgroup; nil if its policy doesn't want it.
-func openRunDenials(p *policy.Policy, log *logrus.Entry, group *cgroup.Group, found func(monitor.Denial)) (*monitor.Denials, error) {
+// begin is called when the instance's cgroup is known.
+func (f *filtered) begin(cgroup uint64, sv *phase.Supervised) {
+	if f.seen == nil || cgroup == 0 || sv == nil {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cgroup == cgroup {
+		return
+	}
+	f.cgroup = cgroup
+	f.failed(f.seen.Watch(cgroup, f.number(f.phase), func(d monitor.Denial) {
+		sv.Filtered(f.plan.Phases[d.Tag], d.ABI, d.Number, d.PID, d.Count)
+	}))
+}
+
+// end tells of the last.
+func (f *filtered) end() {
+	f.mu.Lock()
+	cgroup := f.cgroup
+	f.cgroup = 0
+	f.mu.Unlock()
+	if cgroup != 0 {
+		f.failed(f.seen.Forget(cgroup))
+	}
+}
+
+// openRunDenials is for a command; nil if its policy doesn't want it.
+func openRunDenials(p *policy.Policy, log *logrus.Entry) (*monitor.Denials, error) {
 	if !p.LogDenials {
 		return nil, nil
 	}
-	h, err := cgroup.Detect()
-	if err != nil {
-		return nil, err
-	}
-	return monitor.OpenDenials(log, func(d monitor.Denial) {
-		if d.Cgroup != group.ID() {
-			dir, err := h.Path(d.Cgroup)
-			if err != nil {
-				return
-			}
-			if id, err := aboveDir(h, dir, func(id uint64) bool { return id == group.ID() }); err != nil || id == 0 {
-				return
-			}
-		}
-		found(d)
-	})
+	return monitor.OpenDenials(log)
 }
 
 // during runs work until the function that it returns is called, which waits for its end.

@@ -229,9 +229,7 @@ func (p *phasing) release(names map[string]*os.File) {
 // end forgets a container; ctx bounds the wait for its last process.
 func (p *phasing) end(ctx context.Context, in *instance) {
 	p.programs.count(in)
-	if in.Decision.LogDenials {
-		p.tellDenials(true)
-	}
+	in.filtered.end()
 	p.supervisor.End(in.Container.ID)
 	p.forget(in.Container.ID)
 	p.programs.remove(ctx, in)

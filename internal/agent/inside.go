@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -88,7 +87,7 @@ func (p *phasing) serveInside(in *instance) error {
 // tighten the instance.
 func (p *phasing) belongs(in *instance, pid int) error {
 	own := p.cgroupOf(in)
-	id, err := above(p.kernel.Hierarchy, pid, func(id uint64) bool { return id == own })
+	id, err := p.kernel.Above(pid, func(id uint64) bool { return id == own })
 	switch {
 	case errors.Is(err, cgroup.ErrNoV2):
 		return nil
@@ -109,39 +108,20 @@ func (p *phasing) cgroupOf(in *instance) uint64 {
 	return in.CgroupID
 }
 
-// above is the first cgroup that is wanted, by its id, of that which a process is in and
-// those above it; 0 if none is.
-func above(h *cgroup.Hierarchy, pid int, wanted func(id uint64) bool) (uint64, error) {
-	dir, err := h.OfPID(pid)
-	if err != nil {
-		return 0, err
-	}
-	return aboveDir(h, dir, wanted)
-}
-
-// aboveDir begins with a directory.
-func aboveDir(h *cgroup.Hierarchy, dir string, wanted func(id uint64) bool) (_ uint64, err error) {
-	for ; err == nil && strings.HasPrefix(dir, h.Unified); dir = filepath.Dir(dir) {
-		var id uint64
-		if id, err = cgroup.ID(dir); err == nil && wanted(id) {
-			return id, nil
-		}
-	}
-	return 0, err
-}
-
 // InstanceOf is the instance whose process pid is, "" if it is none's. For it that
 // instance's phases are to be switched by itself, and those of others not at all.
 func (a *Agent) InstanceOf(pid int) (string, error) {
-	owned := a.phases.owned()
-	id, err := above(a.phases.kernel.Hierarchy, pid, func(id uint64) bool { return owned[id] != nil })
+	owned := map[uint64]string{}
+	for _, in := range append(a.all(), a.phases.allHooked()...) {
+		if id := a.phases.cgroupOf(in); id != 0 && in.Phases != nil {
+			owned[id] = in.Container.ID
+		}
+	}
+	id, err := a.phases.kernel.Above(pid, func(id uint64) bool { return owned[id] != "" })
 	if errors.Is(err, cgroup.ErrNoV2) {
 		err = nil
 	}
-	if in := owned[id]; in != nil {
-		return in.Container.ID, err
-	}
-	return "", err
+	return owned[id], err
 }
 
 // mounts are those of an instance whose socket is served.

@@ -67,6 +67,7 @@ type instance struct {
 	limits   limits
 	kept     keptPhase
 	guard    guard
+	filtered filtered
 	// supervised is set with the first supervisor's word; nil without phases.
 	supervised *phase.Supervised
 	marking    sync.Mutex // held while the recorder is told the phase

@@ -22,7 +22,6 @@ import (
 
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/inject"
-	"github.com/syslatch/syslatch/internal/monitor"
 	"github.com/syslatch/syslatch/internal/phase"
 	"github.com/syslatch/syslatch/internal/policy"
 	"github.com/syslatch/syslatch/internal/seccomp"
@@ -98,8 +97,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = group.Wait(context.Background())
 		_ = group.Remove()
 	}()
-	var supervised *phase.Supervised // before denials are told
-	seen, notSeen := openRunDenials(opts.Policy, opts.Log, group, func(d monitor.Denial) { supervised.Filtered(d.ABI, d.Number, d.PID, d.Count, d.Time) })
+	seen, notSeen := openRunDenials(opts.Policy, opts.Log)
 	defer func() { err = errors.Join(err, seen.Close()) }()
 	host.Denials = seen != nil
 	programs, noPrograms := openEnforcer(&host, group)
@@ -119,7 +117,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	}
 	gaps := append(slices.Clone(plan.Gaps), limitGaps(opts.Policy.Phases)...)
 	for _, err := range []error{noPrograms, notSeen} {
-		if err != nil && len(gaps) > 0 { // which say what that means
+		if err != nil && len(plan.Gaps) > 0 { // which say what that means
 			fmt.Fprintf(opts.Messages, "syslatch: %v\n", err)
 		}
 	}
@@ -158,8 +156,9 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
 		Barrier: freezer, Uncovered: uncovered(gaps),
 	}
+	filters := &filtered{seen: seen, plan: plan, log: opts.Log}
 	if seen != nil {
-		instance.Filtered = seen.Tell
+		instance.Mark = filters.mark
 	}
 	if injector != nil {
 		instance.Ratchet, instance.Enter = injector.put, injector.enter
@@ -172,18 +171,21 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		guarded.plan = plan
 	}
 	instance.Hooks = guarded.hooks()
-	if supervised, err = supervisor.Add(instance); err != nil {
+	supervised, err := supervisor.Add(instance)
+	if err != nil {
 		return 0, err
 	}
 	defer supervisor.End(instance.ID)
-	defer during(seen.Watch)()
+	filters.begin(group.ID(), supervised)
+	defer filters.end()
+	defer during(seen.Run)()
 	if opts.Serve != nil {
 		hierarchy, serveErr := cgroup.Detect()
 		if serveErr != nil {
 			return 0, serveErr
 		}
 		server, serveErr := opts.Serve(supervisor, func(pid int) (string, error) {
-			if id, err := above(hierarchy, pid, func(id uint64) bool { return id == group.ID() }); id == 0 {
+			if id, err := hierarchy.Above(pid, func(id uint64) bool { return id == group.ID() }); id == 0 {
 				return "", err
 			}
 			return instance.ID, nil

@@ -91,7 +91,7 @@ func newPhasing(a *Agent, kernel kernelHost, opts Options) (_ *phasing, err erro
 		return nil, errors.Join(err, p.listener.Close())
 	}
 	if logDenials(a.policy) {
-		p.host.Denials = p.seeDenials() == nil
+		p.host.Denials = p.seeDenials() != nil
 	}
 	return p, nil
 }
@@ -252,10 +252,12 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 	if in.marked() {
 		return p.superviseMarks(in, is, now)
 	}
-	var filtered func()
+	var mark func(string)
 	if is.plan.Logs() {
-		_ = p.seeDenials() // where there is no way, that is among the gaps, and logged
-		filtered = func() { p.tellDenials(false) }
+		if seen := p.seeDenials(); seen != nil {
+			in.filtered.seen, in.filtered.plan, in.filtered.log = seen, is.plan, p.a.instanceLog(in)
+			mark = in.filtered.mark
+		}
 	}
 	lost := p.programs.find(in, is.plan, &now)
 	in.limits.begin(now.Original)
@@ -285,7 +287,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		Limits:    func(ctx context.Context, name string) error { return p.setLimits(ctx, in, name) },
 		Ratchet:   ratchet.put,
 		Enter:     ratchet.enter,
-		Filtered:  filtered,
+		Mark:      mark,
 		HasBegun:  in.executed(),
 		Uncovered: uncovered(slices.Concat(is.plan.Gaps, limitGapsOf(&in.Decision, in.Phases.Runtime))),
 	})
@@ -414,6 +416,7 @@ func (p *phasing) found(in *instance, pid int) error {
 		return fmt.Errorf("phases: %w", err)
 	}
 	in.barrier.set(f)
+	in.filtered.begin(in.CgroupID, in.supervised)
 	return in.barrier.thaw()
 }
 

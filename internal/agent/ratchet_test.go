@@ -71,10 +71,12 @@ func TestRatchetNamesWhatDoesNotStop(t *testing.T) {
 		return s.SeccompFilters
 	}
 	waits := func() bool {
-		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", cmd.Process.Pid))
-		return slices.ContainsFunc(tasks, func(path string) bool {
-			text, err := os.ReadFile(path)
-			return err == nil && strings.Contains(string(text), "State:\tD")
+		tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*", cmd.Process.Pid))
+		return slices.ContainsFunc(tasks, func(dir string) bool {
+			// It may be in that state for a moment at its start, too.
+			status, err := os.ReadFile(dir + "/status")
+			call, err2 := os.ReadFile(dir + "/syscall")
+			return err == nil && err2 == nil && strings.Contains(string(status), "State:\tD") && strings.HasPrefix(string(call), fmt.Sprint(unix.SYS_CLONE, " "))
 		})
 	}
 	for !waits() {

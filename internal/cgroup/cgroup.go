@@ -435,6 +435,19 @@ func (h *Hierarchy) pathByWalk(id uint64) (string, error) {
 	return found, err
 }
 
+// Above is the first cgroup that is wanted, by its id, of that which a process is in and
+// those above it; 0 if none is.
+func (h *Hierarchy) Above(pid int, wanted func(id uint64) bool) (uint64, error) {
+	dir, err := h.OfPID(pid)
+	for ; err == nil && strings.HasPrefix(dir, h.Unified); dir = filepath.Dir(dir) {
+		var id uint64
+		if id, err = ID(dir); err == nil && wanted(id) {
+			return id, nil
+		}
+	}
+	return 0, err
+}
+
 // Children lists the directories below path, at any depth, parents before
 // children.
 func Children(path string) ([]string, error) {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/syslatch/syslatch/internal/osthread"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
@@ -45,7 +46,7 @@ func Executing(ctx context.Context, dir string, tid int, filter seccomp.Filter, 
 	traced, done := make(chan error, 1), make(chan error, 1)
 	go func() {
 		defer close(done)
-		err := onThread(func() error {
+		err := osthread.Run(func() error {
 			s := &scope{Scope: Scope{PIDs: []int{info.tgid}}, followed: map[identity]bool{}}
 			return newTracer(newCampaign(s, filter, opts)).executing(ctx, dir, info.tgid, tid, traced)
 		})

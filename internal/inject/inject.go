@@ -49,7 +49,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -57,6 +56,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/osthread"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
@@ -270,7 +270,8 @@ func newCampaign(s *scope, filter seccomp.Filter, opts Options) *campaign {
 func (c *campaign) run(ctx context.Context) (*Report, error) {
 	deadline := time.Now().Add(c.opts.Timeout)
 	for {
-		err := onThread(func() error { return newTracer(c).run(ctx) })
+		// The kernel lets go of every tracee that is left: ptrace goes by thread.
+		err := osthread.Run(func() error { return newTracer(c).run(ctx) })
 		c.letGo()
 		if err == nil && c.opts.DryRun {
 			return c.report, nil
@@ -318,26 +319,4 @@ type campaign struct {
 	written func(tid int, at uint64)
 	left    []int // tasks that the end of a tracer's thread lets go
 	tracers []int
-}
-
-// onThread runs f on an operating system thread that ends with it, so that the kernel
-// lets go of every tracee that f left: ptrace goes by thread. The main thread
-// doesn't end, and is not used.
-func onThread(f func() error) error {
-	result := make(chan error, 1)
-	var start func()
-	start = func() {
-		runtime.LockOSThread() // and never unlocked
-		if unix.Gettid() == unix.Getpid() {
-			// Another goroutine gets another thread while this one is held.
-			done := make(chan struct{})
-			go func() { defer close(done); start() }()
-			<-done
-			runtime.UnlockOSThread()
-			return
-		}
-		result <- f()
-	}
-	go start()
-	return <-result
 }

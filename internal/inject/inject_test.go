@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/osthread"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
 
@@ -102,7 +103,7 @@ func help(job string) {
 		os.Exit(0)
 	case "trace": // a process, until the end of input
 		pid, _ := strconv.Atoi(rest)
-		err := onThread(func() error {
+		err := osthread.Run(func() error {
 			if err := seizeCall(pid, 0); err != nil {
 				return err
 			}
@@ -597,7 +598,7 @@ func TestContextEndsWhileChecking(t *testing.T) {
 	}
 	defer s.close()
 	c := newCampaign(s, denyMkdir(), Options{Timeout: patience})
-	err = onThread(func() error {
+	err = osthread.Run(func() error {
 		k := newTracer(c)
 		defer k.release()
 		if err := k.gather(context60(t)); err != nil {
@@ -898,7 +899,7 @@ func TestFilterChangedMeanwhile(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		err = onThread(func() error { return newTracer(c).run(context60(t)) })
+		err = osthread.Run(func() error { return newTracer(c).run(context60(t)) })
 		c.letGo()
 		if !errors.Is(err, errChanged) || !c.loaded || len(c.covered) != 0 {
 			t.Errorf("%s threads: %v, loaded %v, covered %v", threads, err, c.loaded, c.covered)

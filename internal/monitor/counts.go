@@ -3,9 +3,7 @@
 package monitor
 
 import (
-	"errors"
-	"io/fs"
-	"time"
+	"maps"
 
 	"github.com/sirupsen/logrus"
 
@@ -16,61 +14,51 @@ import (
 
 // counts are those of a BPF program.
 type counts struct {
-	kernel    *bpf.FilterDenials
-	hierarchy *cgroup.Hierarchy
-	told      map[counted]uint64
-	lost      uint64
-	swept     time.Time
+	kernel *bpf.FilterDenials
+	told   map[counted]uint64
+	lost   uint64
 }
 
+// counted is what the kernel counts by.
 type counted struct {
-	cgroup uint64
-	abi    string
-	number uint32
+	cgroup          uint64
+	tag, arch, call uint32
 }
 
-// sweepEvery is how often the counts of cgroups that are there no more are removed.
-const sweepEvery = time.Minute
-
-func openCounts(h *cgroup.Hierarchy, _ *logrus.Entry) (source, error) {
+func openCounts(*cgroup.Hierarchy, *logrus.Entry) (source, error) {
 	kernel, err := bpf.OpenFilterDenials()
 	if err != nil {
 		return nil, err
 	}
-	return &counts{kernel: kernel, hierarchy: h, told: map[counted]uint64{}, swept: time.Now()}, nil
+	return &counts{kernel: kernel, told: map[counted]uint64{}}, nil
 }
 
-func (c *counts) read(bool) (news []Denial, lost uint64, err error) {
-	if time.Since(c.swept) > sweepEvery {
-		c.swept = time.Now()
-		err = c.sweep()
+func (c *counts) watch(cgroup uint64, tag uint32) error { return c.kernel.Watch(cgroup, tag) }
+
+func (c *counts) forget(cgroup uint64) error {
+	maps.DeleteFunc(c.told, func(key counted, _ uint64) bool { return key.cgroup == cgroup })
+	return c.kernel.Forget(cgroup)
+}
+
+func (c *counts) settle() {}
+
+func (c *counts) read() (map[uint64][]Denial, uint64, error) {
+	all, total, err := c.kernel.Read()
+	if err != nil {
+		return nil, 0, err
 	}
-	all, total, readErr := c.kernel.Read()
-	if readErr != nil {
-		return nil, 0, errors.Join(err, readErr)
-	}
-	told := make(map[counted]uint64, len(all))
+	news := map[uint64][]Denial{}
 	for _, d := range all {
-		abi, number, ok := seccomp.CallOf(d.Arch, d.Number)
-		key := counted{d.Cgroup, string(abi), min(number, manyCalls)}
-		told[key] = d.Count
-		if n := d.Count - c.told[key]; n > 0 && ok {
-			news = append(news, Denial{Cgroup: d.Cgroup, ABI: abi, Number: number, PID: d.PID, Count: n})
+		key := counted{d.Cgroup, d.Tag, d.Arch, d.Call}
+		n := d.Count - c.told[key]
+		c.told[key] = d.Count
+		if abi, number, ok := seccomp.CallOf(d.Arch, d.Number); ok && n > 0 {
+			news[d.Cgroup] = append(news[d.Cgroup], Denial{d.Tag, abi, number, d.PID, n})
 		}
 	}
-	c.told = told
-	lost, c.lost = total-c.lost, total
-	return news, lost, err
-}
-
-// manyCalls stands for those numbers that are counted as one.
-const manyCalls = 1024
-
-func (c *counts) sweep() error {
-	return c.kernel.Forget(func(id uint64) bool {
-		_, err := c.hierarchy.Path(id)
-		return errors.Is(err, fs.ErrNotExist)
-	})
+	lost := total - c.lost
+	c.lost = total
+	return news, lost, nil
 }
 
 func (c *counts) Close() error { return c.kernel.Close() }

@@ -19,21 +19,25 @@ import (
 	"github.com/syslatch/syslatch/profiles"
 )
 
-// Denial is a call that filters denied to processes of one cgroup.
+// Denial is a call that filters denied to processes of a watched cgroup, or below it.
 type Denial struct {
-	Cgroup uint64 // its id
+	Tag    uint32 // of the cgroup, when it was denied
 	ABI    profiles.ABI
-	Number uint32
-	PID    int // of one of the processes, which may have ended
+	Number uint32 // the last, if several: those above 1,023 are not told apart
+	PID    int    // of one of the processes, which may have ended
 	Count  uint64
-	Time   time.Time // as audit's records have it; zero: since the last were told
 }
 
-// source is one way to see denials.
+// source is one way to see denials. One of its methods is called at a time, but for settle.
 type source interface {
-	// read is what was denied since it was last called, and how many denials it can't
-	// tell of. For the last time it waits for what is on its way.
-	read(last bool) (all []Denial, lost uint64, err error)
+	// watch watches a cgroup, or gives it another tag.
+	watch(cgroup uint64, tag uint32) error
+	forget(cgroup uint64) error
+	// settle waits for what is on its way.
+	settle()
+	// read is what was denied since it was last called, by cgroup, and how many denials,
+	// at least, it can't tell of.
+	read() (all map[uint64][]Denial, lost uint64, err error)
 	io.Closer
 }
 
@@ -42,18 +46,19 @@ type Denials struct {
 	mechanism string
 	log       *logrus.Entry
 
-	mu     sync.Mutex // one tells at a time
-	source source     // guarded by mu; nil once it is closed
-	found  func(Denial)
+	telling sync.Mutex // held while found is called, which may take its time
+
+	mu     sync.Mutex
+	source source                  // guarded by mu; nil once it is closed
+	found  map[uint64]func(Denial) // guarded by mu; by cgroup
 }
 
 // readEvery is how often denials are looked for.
 const readEvery = time.Second
 
-// OpenDenials begins to see denials, by the best way that this host has; found is called
-// with those that there were since, by [Denials.Watch] once a second and by
-// [Denials.Flush]. The error says why there is no way.
-func OpenDenials(log *logrus.Entry, found func(Denial)) (*Denials, error) {
+// OpenDenials takes the best way to see denials that this host has. The error says why
+// there is none.
+func OpenDenials(log *logrus.Entry) (*Denials, error) {
 	h, err := cgroup.Detect()
 	if err == nil {
 		err = h.RequireV2()
@@ -69,13 +74,17 @@ func OpenDenials(log *logrus.Entry, found func(Denial)) (*Denials, error) {
 		s, err := way.open(h, log)
 		if err == nil {
 			if err = heard(h, s); err == nil {
-				return &Denials{mechanism: way.name, log: log, source: s, found: found}, nil
+				return newDenials(way.name, s, log), nil
 			}
 			err = errors.Join(fmt.Errorf("%s: %w", way.name, err), s.Close())
 		}
 		errs = append(errs, err)
 	}
 	return nil, fmt.Errorf("denials by filters can't be seen: %w", errors.Join(errs...))
+}
+
+func newDenials(mechanism string, s source, log *logrus.Entry) *Denials {
+	return &Denials{mechanism: mechanism, log: log, source: s, found: map[uint64]func(Denial){}}
 }
 
 // ways are in the order in which they are tried.
@@ -91,7 +100,7 @@ var ways = []struct {
 func Try() (mechanism string, err error) {
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
-	d, err := OpenDenials(logrus.NewEntry(quiet), func(Denial) {})
+	d, err := OpenDenials(logrus.NewEntry(quiet))
 	if err != nil {
 		return "", err
 	}
@@ -115,43 +124,93 @@ func logged() error {
 // Mechanism is the way that was taken: fentry/audit_seccomp or audit netlink.
 func (d *Denials) Mechanism() string { return d.mechanism }
 
-// Watch tells of denials until ctx ends, and then of the last. A nil d has none.
-func (d *Denials) Watch(ctx context.Context) {
+// Watch has found called with what is denied from now on to the tasks of a cgroup and of
+// those below it, with the tag that the cgroup has at the time.
+func (d *Denials) Watch(cgroup uint64, tag uint32, found func(Denial)) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.source == nil {
+		return os.ErrClosed
+	}
+	if err := d.source.watch(cgroup, tag); err != nil {
+		return err
+	}
+	d.found[cgroup] = found
+	return nil
+}
+
+// Tag gives a cgroup that is watched another tag.
+func (d *Denials) Tag(cgroup uint64, tag uint32) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.source == nil || d.found[cgroup] == nil {
+		return os.ErrClosed
+	}
+	return d.source.watch(cgroup, tag)
+}
+
+// Forget tells of the last denials of a cgroup, and ends its watch.
+func (d *Denials) Forget(cgroup uint64) error {
+	d.mu.Lock()
+	s := d.source
+	d.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.settle()
+	d.tell()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.found, cgroup)
+	if d.source == nil {
+		return nil
+	}
+	return d.source.forget(cgroup)
+}
+
+// Run tells of denials once a second until ctx ends, and then of the last. A nil d has none.
+func (d *Denials) Run(ctx context.Context) {
 	if d == nil {
 		return
 	}
 	tick := time.NewTicker(readEvery)
 	defer tick.Stop()
-	for {
+	for ctx.Err() == nil {
 		select {
 		case <-ctx.Done():
-			d.Flush()
-			return
 		case <-tick.C:
-			d.Tell()
 		}
+		d.tell()
 	}
 }
 
-// Tell tells of what was denied up to now. With audit netlink that is what the kernel has
-// sent.
-func (d *Denials) Tell() { d.tell(false) }
-
-// Flush does that, and with audit netlink it waits a moment for what is on its way.
-func (d *Denials) Flush() { d.tell(true) }
-
-func (d *Denials) tell(last bool) {
+func (d *Denials) tell() {
+	d.telling.Lock()
+	defer d.telling.Unlock()
+	type news struct {
+		found func(Denial)
+		all   []Denial
+	}
+	var told []news
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.source == nil {
+		d.mu.Unlock()
 		return
 	}
-	all, lost, err := d.source.read(last)
-	for _, one := range all {
-		d.found(one)
+	all, lost, err := d.source.read()
+	for id, of := range all {
+		if found := d.found[id]; found != nil {
+			told = append(told, news{found, of})
+		}
+	}
+	d.mu.Unlock()
+	for _, n := range told {
+		for _, one := range n.all {
+			n.found(one)
+		}
 	}
 	if lost > 0 {
-		d.log.WithField("at_least", lost).Warn("denials by filters can't be told: there were too many at once, or their process had ended before it could be looked at")
+		d.log.WithField("at_least", lost).Warn("denials by filters can't be told: there were too many at once")
 	}
 	if err != nil {
 		d.log.WithError(err).Error("denials by filters can't be read")

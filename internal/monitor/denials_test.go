@@ -3,10 +3,12 @@
 package monitor
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -21,6 +23,7 @@ import (
 
 	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/cgroup"
+	"github.com/syslatch/syslatch/internal/osthread"
 	"github.com/syslatch/syslatch/internal/rawcalls"
 	"github.com/syslatch/syslatch/internal/seccomp"
 )
@@ -78,9 +81,10 @@ func call(log bool) error {
 	return nil
 }
 
-// TestDenials: both ways see what filters deny, of a process that ends at once, and nothing
-// else.
-func TestDenials(t *testing.T) {
+// open opens one way. That of fentry is a must where a program that does nothing can be
+// attached so.
+func open(t *testing.T, way string) (*cgroup.Hierarchy, source) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -88,103 +92,156 @@ func TestDenials(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	quiet := logrus.NewEntry(logrus.New())
-	one := func(abi specs.Arch, number uint32, count uint64) Denial {
-		return Denial{ABI: abi, Number: number, Count: count}
-	}
-	named := []Denial{one(specs.ArchX32, getppid, 1), one(specs.ArchX86, getppid32, 1), one(specs.ArchX86_64, getppid, 3)}
-	for name, way := range map[string]struct {
-		open func() (source, error)
-		want []Denial
-	}{
-		"fentry": {func() (source, error) { return openCounts(h, quiet) }, append(named, one(specs.ArchX86_64, unnamed+1, 3))},
-		"audit netlink": {
-			func() (source, error) { return openRecords(h, quiet) },
-			append(named, one(specs.ArchX86_64, unnamed, 2), one(specs.ArchX86_64, unnamed+1, 1)),
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s, err := way.open()
-			if name == "fentry" && errors.Is(err, bpf.ErrUnsupported) {
-				t.Logf("not here: %v", err) // the guests have it
-				return
+	for _, w := range ways {
+		if w.name != way {
+			continue
+		}
+		s, err := w.open(h, logrus.NewEntry(logrus.New()))
+		if strings.HasPrefix(way, "fentry") {
+			features := bpf.Probe("")
+			if i := slices.IndexFunc(features, func(f bpf.Feature) bool { return f.Name == "fentry" }); !features[i].OK {
+				if err == nil || !errors.Is(err, bpf.ErrUnsupported) {
+					t.Errorf("on a kernel without fentry: %v", err)
+				}
+				t.Skip("this kernel has no fentry programs: test/vm/run has some")
 			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h, s
+	}
+	t.Fatalf("no way %s", way)
+	return nil, nil
+}
+
+// TestDenials: each way sees what filters deny to a cgroup and below, by processes that end
+// at once, in cgroups that do, and nothing else.
+func TestDenials(t *testing.T) {
+	for _, way := range ways {
+		t.Run(way.name, func(t *testing.T) {
+			_, s := open(t, way.name)
+			d := newDenials(way.name, s, logrus.NewEntry(logrus.New()))
+			defer d.Close()
+			g, err := cgroup.New("test-denials")
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer s.Close()
-			var got []Denial
-			d := &Denials{source: s, log: quiet, found: func(one Denial) { got = append(got, one) }}
-			for _, mode := range []string{"log", "quiet", "log"} {
-				begun := time.Now()
-				group, pid := caller(t, mode)
-				got = nil
-				d.Flush()
-				var own []Denial
-				for _, one := range got {
-					if one.Cgroup != group {
-						continue // the host has others
-					}
-					if one.PID != pid {
-						t.Errorf("%s: %+v, want pid %d", mode, one, pid)
-					}
-					if name != "fentry" && (one.Time.Before(begun.Add(-coarse)) || one.Time.After(time.Now())) {
-						t.Errorf("%s: %+v, want it since %v", mode, one, begun)
-					}
-					one.Cgroup, one.PID, one.Time = 0, 0, time.Time{}
-					same := func(o Denial) bool { return o.ABI == one.ABI && o.Number == one.Number }
-					if i := slices.IndexFunc(own, same); i >= 0 { // at other times
-						own[i].Count += one.Count
-						continue
-					}
-					own = append(own, one)
+			defer func() {
+				if err := g.Remove(); err != nil {
+					t.Error(err)
 				}
-				slices.SortFunc(own, func(a, b Denial) int {
-					return strings.Compare(fmt.Sprint(a.ABI, a.Number), fmt.Sprint(b.ABI, b.Number))
-				})
-				want := way.want
-				if mode == "quiet" {
-					want = nil
+			}()
+			type kind struct {
+				tag    uint32
+				abi    specs.Arch
+				number uint32
+			}
+			got, pids := map[kind]uint64{}, map[int]bool{}
+			watch := func(tag uint32) {
+				t.Helper()
+				if err := d.Watch(g.ID(), tag, func(one Denial) {
+					got[kind{one.Tag, one.ABI, one.Number}] += one.Count
+					pids[one.PID] = true
+				}); err != nil {
+					t.Fatal(err)
 				}
-				if diff := cmp.Diff(want, own); diff != "" {
-					t.Errorf("%s: (-want +got):\n%s", mode, diff)
+			}
+			ours := map[int]bool{}
+			call := func(dir, mode string) {
+				t.Helper()
+				ours[caller(t, dir, mode)] = true
+			}
+			call(g.Path(), "log") // before it is watched
+			watch(3)
+			tick()
+			call(g.Path(), "log")
+			call(g.Path(), "quiet")
+			below := filepath.Join(g.Path(), "a", "b")
+			if err := os.MkdirAll(below, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			call(below, "log")
+			for _, dir := range []string{below, filepath.Dir(below)} {
+				if err := os.Remove(dir); err != nil {
+					t.Fatal(err)
 				}
+			}
+			other, err := cgroup.New("test-denials-other")
+			if err != nil {
+				t.Fatal(err)
+			}
+			call(other.Path(), "log")
+			if err := other.Remove(); err != nil {
+				t.Error(err)
+			}
+			tick()
+			if err := d.Tag(g.ID(), 4); err != nil {
+				t.Fatal(err)
+			}
+			call(g.Path(), "log")
+			if err := d.Forget(g.ID()); err != nil {
+				t.Fatal(err)
+			}
+			want := map[kind]uint64{}
+			for tag, times := range map[uint32]uint64{3: 2, 4: 1} {
+				want[kind{tag, specs.ArchX86_64, getppid}] = 3 * times
+				want[kind{tag, specs.ArchX86, getppid32}] = times
+				want[kind{tag, specs.ArchX32, getppid}] = times
+				want[kind{tag, specs.ArchX86_64, unnamed + 1}] = 3 * times
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+			for pid := range pids {
+				if !ours[pid] {
+					t.Errorf("told of process %d, which is none of %v", pid, ours)
+				}
+			}
+			// What it had is not told again.
+			clear(got)
+			watch(5)
+			d.tell()
+			if len(got) > 0 {
+				t.Errorf("told again: %v", got)
 			}
 			if err := d.Close(); err != nil {
 				t.Error(err)
 			}
-			d.Flush()
-			if err := d.Close(); err != nil {
+			for _, err := range []error{d.Tag(g.ID(), 1), d.Watch(g.ID(), 1, func(Denial) {})} {
+				if !errors.Is(err, os.ErrClosed) {
+					t.Errorf("closed: %v", err)
+				}
+			}
+			if err := errors.Join(d.Forget(g.ID()), d.Close()); err != nil {
 				t.Error(err)
 			}
 		})
 	}
 }
 
-// caller runs the process in a cgroup of its own, which is gone when it returns.
-func caller(t *testing.T, mode string) (group uint64, pid int) {
+// tick waits until the kernel's coarse clock goes on, by which audit's records are told
+// apart.
+func tick() {
+	for before := auditTime(); auditTime().Equal(before); {
+	}
+}
+
+// caller runs the process in a cgroup, and is through with it when it returns.
+func caller(t *testing.T, dir, mode string) (pid int) {
 	t.Helper()
-	g, err := cgroup.New("test-denials")
+	f, err := os.Open(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() {
-		if err := g.Remove(); err != nil {
-			t.Error(err)
-		}
-	}()
-	dir, err := g.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
+	defer f.Close()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
 	cmd.Env = append(os.Environ(), beCaller+"="+mode)
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(f.Fd())}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v: %s", mode, err, out)
 	}
-	return g.ID(), cmd.Process.Pid
+	return cmd.Process.Pid
 }
 
 // TestOpenDenials: this host has one of the ways.
@@ -197,8 +254,78 @@ func TestOpenDenials(t *testing.T) {
 	}
 }
 
+// TestHeard: audit tells the first network namespace alone. In another nothing would ever
+// be told, and nothing say so.
+func TestHeard(t *testing.T) {
+	h, s := open(t, "audit netlink")
+	if err := errors.Join(heard(h, s), s.Close()); err != nil {
+		t.Error(err)
+	}
+	err := osthread.Run(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		_, s := open(t, "audit netlink")
+		return errors.Join(heard(h, s), s.Close())
+	})
+	if !errors.Is(err, errUnheard) {
+		t.Errorf("in another network namespace: %v", err)
+	}
+}
+
+// TestForeignMessages: others than the kernel may send to the socket, and neither make
+// denials nor end it.
+func TestForeignMessages(t *testing.T) {
+	h, s := open(t, "audit netlink")
+	defer s.Close()
+	own, err := h.OfPID(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := cgroup.ID(own)
+	if err == nil {
+		err = s.watch(id, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := s.(*records).socket.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var to unix.Sockaddr
+	if err := conn.Control(func(fd uintptr) { to, err = unix.Getsockname(int(fd)) }); err != nil {
+		t.Fatal(err)
+	}
+	port := to.(*unix.SockaddrNetlink).Pid
+	from, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_AUDIT)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(from)
+	record := strings.Replace(goodRecord, "pid=18672", fmt.Sprintf("pid=%d", os.Getpid()), 1)
+	for _, m := range []struct{ typ, flags uint16 }{{auditSeccomp, 0}, {unix.NLMSG_ERROR, 0}, {auditSeccomp, unix.NLM_F_MULTI}, {unix.NLMSG_DONE, 0}} {
+		message := binary.NativeEndian.AppendUint32(nil, uint32(unix.NLMSG_HDRLEN+len(record)))
+		message = binary.NativeEndian.AppendUint16(message, m.typ)
+		message = binary.NativeEndian.AppendUint16(message, m.flags)
+		message = append(append(message, make([]byte, 8)...), record...)
+		if err := unix.Sendto(from, message, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.settle()
+	if all, lost, err := s.read(); err != nil || len(all) > 0 || lost > 0 {
+		t.Errorf("%v, %d lost, %v", all, lost, err)
+	}
+	if err := heard(h, s); err != nil {
+		t.Error(err)
+	}
+}
+
+const goodRecord = `audit(1795753792.362:9): auid=4294967295 uid=0 gid=0 ses=4294967295 subj=docker-default (enforce) pid=18672 comm="unshare" exe="/usr/bin/unshare" sig=0 arch=c000003e syscall=302 compat=0 ip=0x7f9146c2a7f0 code=0x50000`
+
 func TestParseRecord(t *testing.T) {
-	const good = `audit(1795753792.362:9): auid=4294967295 uid=0 gid=0 ses=4294967295 subj=docker-default (enforce) pid=18672 comm="unshare" exe="/usr/bin/unshare" sig=0 arch=c000003e syscall=302 compat=0 ip=0x7f9146c2a7f0 code=0x50000`
+	const good = goodRecord
 	at := time.UnixMilli(1795753792362)
 	for name, tc := range map[string]struct {
 		text string
@@ -224,37 +351,12 @@ func TestParseRecord(t *testing.T) {
 	}
 }
 
-// TestHeard: audit tells the first network namespace alone. In another nothing would ever
-// be told, and nothing say so.
-func TestHeard(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	h, err := cgroup.Detect()
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // for good: the thread ends with it
-		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			done <- err
-			return
+func FuzzParseRecord(f *testing.F) {
+	f.Add(goodRecord)
+	f.Add("audit(1.2:3): pid=1 arch=c000003e syscall=-1 code=0x0")
+	f.Fuzz(func(t *testing.T, text string) {
+		if r, ok := parseRecord(text); ok && (r.pid < 0 || r.time.IsZero()) {
+			t.Errorf("%+v", r)
 		}
-		s, err := openRecords(h, logrus.NewEntry(logrus.New()))
-		if err == nil {
-			err = errors.Join(heard(h, s), s.Close())
-		}
-		done <- err
-	}()
-	if err := <-done; !errors.Is(err, errUnheard) {
-		t.Errorf("in another network namespace: %v", err)
-	}
-	s, err := openRecords(h, logrus.NewEntry(logrus.New()))
-	if err == nil {
-		err = errors.Join(heard(h, s), s.Close())
-	}
-	if err != nil {
-		t.Error(err)
-	}
+	})
 }

@@ -5,14 +5,15 @@ package monitor
 import (
 	"errors"
 	"fmt"
-	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
+	"unsafe"
 
-	"github.com/mdlayher/netlink"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 
@@ -25,54 +26,74 @@ import (
 // records are those of the kernel's audit log about seccomp, read from its multicast
 // group, beside an auditd or without one. They name a process: its cgroup is looked up when
 // the record comes, which may be behind its end.
+//
+// BUG(monitor): audit's own limits (audit_backlog_limit, auditctl -r) drop records before
+// anybody can count them.
 type records struct {
-	conn      *netlink.Conn
+	socket    *os.File
 	hierarchy *cgroup.Hierarchy
 	ended     *bpf.Ended    // nil: the cgroups of processes that have ended are not known
 	arrived   chan struct{} // has an element if something has come since it was last taken
 	done      chan struct{} // closed when nothing more comes
 
 	mu      sync.Mutex
+	tags    map[uint64][]tagged  // guarded by mu: by watched cgroup, the oldest first
 	pending map[recorded]*Denial // guarded by mu: since the last read
-	cgroups map[int]uint64       // guarded by mu: by process, since the last read
+	cgroups map[int]uint64       // guarded by mu: watched ones by process, since the last read
 	lost    uint64               // guarded by mu: since the last read
+	drops   uint32               // guarded by mu: the kernel's count, as of the last read
 	failed  error                // guarded by mu: why nothing more comes
+}
+
+// tagged is a tag of a cgroup, and since when.
+type tagged struct {
+	tag   uint32
+	since time.Time // by auditTime
 }
 
 type recorded struct {
 	cgroup uint64
+	tag    uint32
 	abi    profiles.ABI
-	number uint32
-	at     int64 // in units of coarse
+	number uint32 // or manyCalls
 }
 
 const (
-	// readLog is AUDIT_NLGRP_READLOG (linux/audit.h).
-	readLog = 1
-	// auditSeccomp is AUDIT_SECCOMP.
+	// auditSeccomp is AUDIT_SECCOMP, and readLog the group AUDIT_NLGRP_READLOG
+	// (linux/audit.h).
 	auditSeccomp = 1326
-	// coarse is the longest that the clock stands which audit reads.
-	coarse = 10 * time.Millisecond
-	// mostPending bounds what is kept between two reads.
+	readLog      = 1
+	// mostRecord is MAX_AUDIT_MESSAGE_LENGTH, with a header.
+	mostRecord = 8970 + unix.NLMSG_HDRLEN
+	// manyCalls stands for all numbers from it on.
+	manyCalls = 1024
+	// mostPending bounds what is kept between two reads, and mostTags what is kept of a
+	// cgroup for records that come late.
 	mostPending = 4096
-	// A record is on its way for some microseconds: settled is how long nothing has to
-	// come, and mostSettling the longest that this is waited for.
+	mostTags    = 32
+	// A record is on its way for some microseconds, or until the kernel has written those
+	// before to a slow console: settled is how long nothing has to come, and mostSettling
+	// the longest that this is waited for.
 	settled      = 20 * time.Millisecond
 	mostSettling = 200 * time.Millisecond
 )
 
 func openRecords(h *cgroup.Hierarchy, log *logrus.Entry) (source, error) {
-	conn, err := netlink.Dial(unix.NETLINK_AUDIT, nil)
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_AUDIT)
 	if err != nil {
 		return nil, fmt.Errorf("audit netlink: %w", err)
 	}
-	if err := conn.JoinGroup(readLog); err != nil {
-		return nil, errors.Join(fmt.Errorf("audit netlink: join the group of readers (CAP_AUDIT_READ is needed): %w", err), conn.Close())
+	socket := os.NewFile(uintptr(fd), "audit netlink")
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1 << (readLog - 1)}); err != nil {
+		return nil, errors.Join(fmt.Errorf("audit netlink: join the group of readers (CAP_AUDIT_READ is needed): %w", err), socket.Close())
 	}
-	_ = conn.SetReadBuffer(4 << 20) // the default's is less
+	// The default is less than a burst of some hundred.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 4<<20); err != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4<<20) // as far as it may be
+	}
 	r := &records{
-		conn: conn, hierarchy: h, arrived: make(chan struct{}, 1), done: make(chan struct{}),
-		pending: map[recorded]*Denial{}, cgroups: map[int]uint64{},
+		socket: socket, hierarchy: h, arrived: make(chan struct{}, 1), done: make(chan struct{}),
+		tags: map[uint64][]tagged{}, pending: map[recorded]*Denial{}, cgroups: map[int]uint64{},
 	}
 	if r.ended, err = bpf.OpenEnded(); err != nil {
 		log.WithError(err).Debug("denials of processes that end at once can't be told")
@@ -83,33 +104,49 @@ func openRecords(h *cgroup.Hierarchy, log *logrus.Entry) (source, error) {
 
 func (r *records) receive() {
 	defer close(r.done)
-	for {
-		messages, err := r.conn.Receive()
+	conn, err := r.socket.SyscallConn()
+	buf := make([]byte, mostRecord)
+	for err == nil {
+		var n int
+		var from unix.Sockaddr
+		var readErr error
+		err = conn.Read(func(fd uintptr) bool {
+			n, from, readErr = unix.Recvfrom(int(fd), buf, 0)
+			return !errors.Is(readErr, unix.EAGAIN)
+		})
+		// What the socket had no room for is in its count of drops.
+		if errors.Is(readErr, unix.ENOBUFS) || errors.Is(readErr, unix.EINTR) {
+			continue
+		}
+		err = errors.Join(err, readErr)
+		// Others than the kernel may send here, too.
+		if kernel, ok := from.(*unix.SockaddrNetlink); err != nil || !ok || kernel.Pid != 0 {
+			continue
+		}
+		messages, parseErr := syscall.ParseNetlinkMessage(buf[:(n+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)])
 		r.mu.Lock()
+		if parseErr != nil {
+			r.lost++
+		}
 		for _, m := range messages {
 			if m.Header.Type == auditSeccomp {
 				r.add(string(m.Data))
 			}
 		}
-		if errors.Is(err, unix.ENOBUFS) {
-			r.lost++ // at least
-			err = nil
-		}
-		if err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrClosed) {
-			r.failed = fmt.Errorf("audit netlink: %w", err)
-		}
 		r.mu.Unlock()
-		if err != nil {
-			return
-		}
 		select {
 		case r.arrived <- struct{}{}:
 		default:
 		}
 	}
+	if !errors.Is(err, os.ErrClosed) {
+		r.mu.Lock()
+		r.failed = fmt.Errorf("audit netlink: %w (restart this program)", err)
+		r.mu.Unlock()
+	}
 }
 
-// add keeps what a record tells. mu is held.
+// add keeps what a record tells of a watched cgroup. mu is held.
 func (r *records) add(text string) {
 	rec, ok := parseRecord(text)
 	if !ok {
@@ -119,54 +156,112 @@ func (r *records) add(text string) {
 	if rec.action == unix.SECCOMP_RET_LOG || rec.action == unix.SECCOMP_RET_USER_NOTIF {
 		return // only logged; or denied by a supervisor, which tells of it itself
 	}
+	id := r.cgroupOf(rec.pid)
+	tags := r.tags[id]
 	abi, number, ok := seccomp.CallOf(rec.arch, rec.number)
-	if !ok {
-		r.lost++
+	if len(tags) == 0 || !ok {
 		return
 	}
-	id, ok := r.cgroups[rec.pid]
-	if !ok {
-		if dir, err := r.hierarchy.OfPID(rec.pid); err == nil {
-			id, _ = cgroup.ID(dir) // 0 if it is gone
-		}
-		if id == 0 && r.ended != nil {
-			id = r.ended.Cgroup(rec.pid)
-		}
-		if id != 0 && len(r.cgroups) < mostPending {
-			r.cgroups[rec.pid] = id
+	tag := tags[0].tag
+	for _, t := range tags {
+		if !rec.time.Before(t.since) {
+			tag = t.tag
 		}
 	}
-	key := recorded{id, abi, number, rec.time.UnixNano() / int64(coarse)}
+	key := recorded{id, tag, abi, min(number, manyCalls)}
 	switch d := r.pending[key]; {
-	case id == 0:
-		r.lost++
 	case d != nil:
 		d.Count++
-		d.PID = rec.pid
+		d.PID, d.Number = rec.pid, number
 	case len(r.pending) < mostPending:
-		r.pending[key] = &Denial{Cgroup: id, ABI: abi, Number: number, PID: rec.pid, Count: 1, Time: rec.time}
+		r.pending[key] = &Denial{tag, abi, number, rec.pid, 1}
 	default:
 		r.lost++
 	}
 }
 
-func (r *records) read(last bool) (all []Denial, lost uint64, err error) {
-	if last {
-		r.settle()
+// cgroupOf is the watched cgroup that a process is, or was, in or below; 0 if there is none.
+func (r *records) cgroupOf(pid int) uint64 {
+	if id, ok := r.cgroups[pid]; ok {
+		return id
 	}
+	id, err := r.hierarchy.Above(pid, func(id uint64) bool { return r.tags[id] != nil })
+	switch {
+	case id != 0:
+	case r.ended != nil:
+		id = r.ended.Cgroup(pid) // its number may be another's by now
+	case err != nil:
+		r.lost++ // whoever's it was
+	}
+	if len(r.cgroups) < mostPending {
+		r.cgroups[pid] = id
+	}
+	return id
+}
+
+func (r *records) watch(cgroup uint64, tag uint32) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, d := range r.pending {
-		all = append(all, *d)
+	tags := r.tags[cgroup]
+	if len(tags) == 0 {
+		clear(r.cgroups)
+	}
+	if len(tags) == 0 && r.ended != nil {
+		if err := r.ended.Watch(cgroup, tag); err != nil {
+			return err
+		}
+	}
+	tags = tags[max(0, len(tags)+1-mostTags):]
+	r.tags[cgroup] = append(slices.Clip(tags), tagged{tag, auditTime()})
+	return nil
+}
+
+func (r *records) forget(cgroup uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.tags, cgroup)
+	clear(r.cgroups)
+	if r.ended == nil {
+		return nil
+	}
+	return r.ended.Forget(cgroup)
+}
+
+func (r *records) read() (all map[uint64][]Denial, lost uint64, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all = map[uint64][]Denial{}
+	for key, d := range r.pending {
+		all[key.cgroup] = append(all[key.cgroup], *d)
 	}
 	clear(r.pending)
 	clear(r.cgroups)
-	lost, r.lost = r.lost, 0
-	err, r.failed = r.failed, nil
-	return all, lost, err
+	drops, dropsErr := r.dropped()
+	lost = r.lost + uint64(drops-r.drops)
+	r.lost, r.drops = 0, drops
+	return all, lost, errors.Join(r.failed, dropsErr)
 }
 
-// settle waits for records that are on their way.
+// dropped is how many messages the socket had no room for, of all that audit tells.
+func (r *records) dropped() (n uint32, err error) {
+	conn, err := r.socket.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var info [9]uint32 // SK_MEMINFO_VARS; linux/sock_diag.h
+	const drops = 8    // SK_MEMINFO_DROPS
+	size := uint32(unsafe.Sizeof(info))
+	var errno unix.Errno
+	err = conn.Control(func(fd uintptr) {
+		_, _, errno = unix.Syscall6(unix.SYS_GETSOCKOPT, fd, unix.SOL_SOCKET, unix.SO_MEMINFO,
+			uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	})
+	if err == nil && errno != 0 {
+		err = os.NewSyscallError("getsockopt(SO_MEMINFO)", errno)
+	}
+	return info[drops], err
+}
+
 func (r *records) settle() {
 	limit := time.After(mostSettling)
 	for {
@@ -183,12 +278,22 @@ func (r *records) settle() {
 }
 
 func (r *records) Close() error {
-	err := r.conn.Close()
+	err := r.socket.Close()
 	<-r.done
 	if r.ended != nil {
 		err = errors.Join(err, r.ended.Close())
 	}
 	return err
+}
+
+// auditTime is by the clock of audit's records, which stands for up to 10 ms, and is written
+// there in milliseconds.
+func auditTime() time.Time {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
+		return time.Now() // it is always there
+	}
+	return time.Unix(now.Unix()).Truncate(time.Millisecond)
 }
 
 // record is what one of the kernel's says (kernel/auditsc.c, audit_seccomp).
@@ -217,11 +322,10 @@ func parseRecord(text string) (r record, ok bool) {
 	}
 	ok = true
 	r = record{parseTime(text), int(number("pid", 10, 31)), number("arch", 16, 32), 0, number("code", 16, 32)}
-	ok = ok && !r.time.IsZero()
 	// The kernel writes the number as a signed long.
 	n, err := strconv.ParseInt(fields["syscall"], 10, 64)
 	r.number = uint32(n)
-	return r, ok && err == nil
+	return r, ok && err == nil && !r.time.IsZero()
 }
 
 // parseTime reads "audit(1700000000.123:4):".

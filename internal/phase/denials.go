@@ -4,12 +4,9 @@ package phase
 
 import (
 	"fmt"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/syslatch/syslatch/internal/seccomp"
 	"github.com/syslatch/syslatch/profiles"
@@ -24,15 +21,18 @@ type denials struct {
 
 	mu        sync.Mutex
 	pending   map[denied]*denial // guarded by mu: not reported yet
+	filtered  int                // guarded by mu: of pending, those of filters
 	reporting bool               // guarded by mu: a goroutine does
+	closed    bool               // guarded by mu: nothing is added any more
 	stop      chan struct{}      // closed by flush
 	done      sync.WaitGroup     // the goroutine
 }
 
 type denied struct {
-	phase string
-	abi   profiles.ABI
-	nr    uint32
+	phase  string
+	abi    profiles.ABI // empty: of several calls, see mostFiltered
+	nr     uint32
+	filter bool // by a filter itself
 }
 
 type denial struct {
@@ -42,16 +42,26 @@ type denial struct {
 
 const (
 	reportEvery = time.Second
-	// mostDenied bounds the kinds between two reports; a filter can't ask about more
-	// calls than there are.
-	mostDenied = 4096
+	// mostDenied bounds the kinds between two reports that the supervisor denied; a filter
+	// can't ask about more calls than there are. A filter denies whatever a task thinks of:
+	// what is more than mostFiltered kinds is one.
+	mostDenied   = 4096
+	mostFiltered = 64
 )
 
 // add is on the way of every denied call that the supervisor is asked about.
 func (d *denials) add(key denied, pid int, count uint64) {
-	d.total.Add(count)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.closed {
+		return
+	}
+	d.total.Add(count)
+	if key.filter && d.pending[key] == nil {
+		if d.filtered++; d.filtered > mostFiltered {
+			key.abi, key.nr = "", 0
+		}
+	}
 	if x := d.pending[key]; x != nil {
 		x.count += count
 		return
@@ -59,7 +69,7 @@ func (d *denials) add(key denied, pid int, count uint64) {
 	if d.pending == nil {
 		d.pending = map[denied]*denial{}
 	}
-	if len(d.pending) < mostDenied {
+	if len(d.pending) < mostDenied+2*mostFiltered {
 		d.pending[key] = &denial{pid, count}
 	}
 	if !d.reporting {
@@ -91,7 +101,7 @@ func (d *denials) run() {
 func (d *denials) take() bool {
 	d.mu.Lock()
 	pending := d.pending
-	d.pending = nil
+	d.pending, d.filtered = nil, 0
 	d.mu.Unlock()
 	for key, x := range pending {
 		d.report(key.phase, profiles.Call{ABI: key.abi, Number: key.nr}, x.pid, x.count)
@@ -101,59 +111,36 @@ func (d *denials) take() bool {
 
 // flush reports the rest; nothing is added any more.
 func (d *denials) flush() {
+	d.mu.Lock()
+	d.closed = true
+	d.mu.Unlock()
 	close(d.stop)
 	d.done.Wait()
 	d.take()
 }
 
+// otherCalls are what filters denied beside what is told of each.
+const otherCalls = "others"
+
 func (sv *Supervised) reportDenied(phase string, call profiles.Call, pid int, count uint64) {
-	name, ok := seccomp.Name(call.ABI, call.Number)
-	if !ok {
-		name = fmt.Sprint(call.Number)
+	what := otherCalls
+	if call.ABI != "" {
+		name, ok := seccomp.Name(call.ABI, call.Number)
+		if !ok {
+			name = fmt.Sprint(call.Number)
+		}
+		what = fmt.Sprintf("%s %s", call.ABI, name)
 	}
-	sv.emit(Event{Kind: Denied, From: phase, Call: fmt.Sprintf("%s %s", call.ABI, name), PID: pid, Count: count})
+	sv.emit(Event{Kind: Denied, From: phase, Call: what, PID: pid, Count: count})
 }
 
-// Filtered tells of calls that the instance's filters denied by themselves. The phase is the
-// one of that time, as audit has it, to a tick of the kernel's; the present one if it is zero.
-func (sv *Supervised) Filtered(abi profiles.ABI, number uint32, pid int, count uint64, at time.Time) {
+// Filtered tells of calls that the instance's filters denied by themselves in a phase.
+func (sv *Supervised) Filtered(phase string, abi profiles.ABI, number uint32, pid int, count uint64) {
 	if name, ok := seccomp.Name(abi, number); ok && sv.in.Plan.FallsBack(name) {
 		return
 	}
-	sv.mu.Lock()
-	phase, ended := sv.status.Phase, sv.status.State == Ended
-	if !at.IsZero() {
-		for _, p := range slices.Backward(sv.past) {
-			if !at.Before(p.until) {
-				break
-			}
-			phase = p.phase
-		}
-	}
-	sv.mu.Unlock()
-	if !ended {
-		sv.denials.add(denied{phase, abi, number}, pid, count)
-	}
+	sv.denials.add(denied{phase, abi, number, true}, pid, count)
 }
-
-// past is an earlier phase.
-type past struct {
-	phase string
-	until time.Time // by auditTime
-}
-
-// auditTime is by the clock of audit's records, which stands for up to 10 ms, and is written
-// there in milliseconds.
-func auditTime() time.Time {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_REALTIME_COARSE, &now); err != nil {
-		return time.Now() // it is always there
-	}
-	return time.Unix(now.Unix()).Truncate(time.Millisecond)
-}
-
-// mostPast is how many are kept, for denials that are told late.
-const mostPast = 32
 
 // Denied tells of what one of the kernel's programs denied in a phase.
 func (sv *Supervised) Denied(phase, program string, count uint64) {

@@ -75,8 +75,9 @@ type Instance struct {
 	// Enter sees to it that what a task, which comes from outside, is about to execute
 	// has that filter. It returns when the execve may go on.
 	Enter func(tid int, phase string) error
-	// Filtered tells [Supervised.Filtered] of what there is, before the phase changes.
-	Filtered func()
+	// Mark has what filters deny from now on be told as denied in a phase: see
+	// [Supervised.Filtered].
+	Mark func(phase string)
 	// HasBegun: an earlier process saw the first execve.
 	HasBegun bool
 	// Uncovered is what a phase asks for and nothing enforces here.
@@ -103,7 +104,6 @@ type Supervised struct {
 
 	mu     sync.Mutex
 	status Status            // guarded by mu
-	past   []past            // guarded by mu: the last before that, oldest first
 	whole  bool              // guarded by mu: the switch to status.Phase was finished, as well as it can be
 	broken map[string]string // guarded by mu: what failed for good, by what it concerns
 }
@@ -148,6 +148,9 @@ func (sv *Supervised) begin() error {
 		if err := sv.in.Hooks(to); err != nil {
 			return fmt.Errorf("phase %s: %w", to, err)
 		}
+	}
+	if sv.in.Mark != nil {
+		sv.in.Mark(to)
 	}
 	sv.now.Store(sv.tables[to])
 	sv.mu.Lock()
@@ -269,14 +272,13 @@ func (sv *Supervised) set(ctx context.Context, to string, o SetOptions) (Status,
 		sv.emit(Event{Kind: Refused, From: from, To: to, Origin: o.Origin, By: o.By, Message: err.Error()})
 		return before, err
 	}
-	if sv.in.Filtered != nil {
-		sv.in.Filtered()
+	if sv.in.Mark != nil {
+		sv.in.Mark(to)
 	}
 	sv.now.Store(sv.tables[to])
 	sv.mu.Lock()
 	if from != to {
 		sv.status.Phase, sv.status.Since = to, time.Now().UTC()
-		sv.past = append(sv.past[max(0, len(sv.past)+1-mostPast):], past{from, auditTime()})
 	}
 	sv.status.Generation, sv.whole = generation, false
 	for _, what := range []string{atBarrier, atRecord, atLimits, atRatchet} {
@@ -534,7 +536,7 @@ func (c *chain) decide(n *seccomp.Notification) (goOn bool, errno uint) {
 		}
 	}
 	if !goOn {
-		c.sv.denials.add(denied{t.Phase, n.ABI, n.Number}, n.PID, 1)
+		c.sv.denials.add(denied{t.Phase, n.ABI, n.Number, false}, n.PID, 1)
 	}
 	return goOn, errno
 }

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -634,8 +633,9 @@ func TestDenialsAreAggregated(t *testing.T) {
 	}
 }
 
-// TestFiltered: denials that nobody was asked about are of the phase of their time, and
-// those that programs make to try a call are none.
+// TestFiltered: denials that nobody was asked about are told, but for those that programs
+// make to try a call; what a task thinks of makes no flood of them, nor takes the place of
+// what the supervisor denied.
 func TestFiltered(t *testing.T) {
 	f := newFixture(t)
 	number := func(name string) uint32 {
@@ -645,34 +645,60 @@ func TestFiltered(t *testing.T) {
 		}
 		return n
 	}
-	mount, clone3 := number("mount"), number("clone3")
-	before := auditTime()
-	for auditTime().Equal(before) { // it stands for up to 10 ms
+	l := newFakeListener()
+	f.Supervised.Serve(l)
+	f.Filtered("read_only", specs.ArchX86_64, number("mount"), 7, 2)
+	f.Filtered("read_only", specs.ArchX86_64, number("clone3"), 7, 5)
+	f.Filtered("write_logs", specs.ArchX32, 4711, 8, 3)
+	const many = 10_000
+	for n := range uint32(many) {
+		f.Filtered("read_only", specs.ArchX86_64, 500+n, 7, 1)
 	}
-	if _, err := f.to(t, "write_logs", SetOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	f.Filtered(specs.ArchX86_64, mount, 7, 2, before)
-	f.Filtered(specs.ArchX86_64, mount, 8, 3, auditTime())
-	f.Filtered(specs.ArchX86_64, mount, 9, 4, time.Time{})
-	f.Filtered(specs.ArchX86_64, clone3, 7, 5, time.Time{})
-	f.Filtered(specs.ArchX32, 4711, 7, 1, before.Add(-time.Hour))
-	if st, err := f.Get("i"); err != nil || st.Denied != 10 {
+	l.ask(t, "mkdir", false)
+	if st, err := f.Get("i"); err != nil || st.Denied != many+6 {
 		t.Errorf("status says %d, %v", st.Denied, err)
 	}
 	f.End("i")
-	f.Filtered(specs.ArchX86_64, mount, 7, 100, time.Time{})
+	f.Filtered("read_only", specs.ArchX86_64, number("mount"), 7, 100)
 	got := map[string]uint64{}
+	total := uint64(0)
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, e := range f.events {
 		if e.Kind == Denied {
 			got[e.From+" "+e.Call] += e.Count
+			total += e.Count
 		}
 	}
-	want := map[string]uint64{"read_only SCMP_ARCH_X86_64 mount": 2, "write_logs SCMP_ARCH_X86_64 mount": 7, "read_only SCMP_ARCH_X32 4711": 1}
-	if !maps.Equal(got, want) || f.events[len(f.events)-1].Kind != Over {
-		t.Errorf("got %v, want %v; the last event is %+v", got, want, f.events[len(f.events)-1])
+	for call, want := range map[string]uint64{"read_only SCMP_ARCH_X86_64 mount": 2, "write_logs SCMP_ARCH_X32 4711": 3, "read_only SCMP_ARCH_X86_64 mkdir": 1} {
+		if got[call] != want {
+			t.Errorf("%s: %d, want %d", call, got[call], want)
+		}
+	}
+	if total != many+6 || got["read_only others"] < many/2 || len(f.events) > 1000 || f.events[len(f.events)-1].Kind != Over {
+		t.Errorf("%d denials in %d events, others: %d; the last event is %+v", total, len(f.events), got["read_only others"], f.events[len(f.events)-1])
+	}
+}
+
+// TestFilteredEnds: what is told while an instance ends is told before that, or not at all.
+func TestFilteredEnds(t *testing.T) {
+	for range 200 {
+		f := newFixture(t)
+		var tellers sync.WaitGroup
+		for n := range uint32(2) {
+			tellers.Go(func() {
+				for range 100 {
+					f.Filtered("read_only", specs.ArchX86_64, 100+n, 7, 1)
+				}
+			})
+		}
+		f.End("i")
+		tellers.Wait()
+		f.mu.Lock()
+		if last := f.events[len(f.events)-1]; last.Kind != Over {
+			t.Fatalf("the last event is %+v", last)
+		}
+		f.mu.Unlock()
 	}
 }
 

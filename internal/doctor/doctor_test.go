@@ -72,6 +72,9 @@ func (m *machine) host(release string) *Host {
 		},
 		Seccomp: func() (seccomp.Support, error) { return m.seccomp, nil },
 		Denials: func() (string, error) {
+			if m.mode == cgroup.V1 {
+				return "", errors.New("cgroup version 2 is not mounted")
+			}
 			if m.broken["fentry"] != nil && m.broken["tp_btf"] != nil {
 				return "", m.broken["fentry"]
 			}

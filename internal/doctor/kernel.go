@@ -330,7 +330,7 @@ func checkDenials(h *Host) Check {
 	mechanism, err := h.Denials()
 	if err != nil {
 		c.Status, c.Found = Warn, oneLine(err.Error())
-		c.Remedy = "run this as root, or with CAP_BPF and CAP_PERFMON, or with CAP_AUDIT_READ; 'sysctl kernel.seccomp.actions_logged' has to have errno"
+		c.Remedy = "it takes cgroup v2, errno in the sysctl kernel.seccomp.actions_logged, and CAP_BPF and CAP_PERFMON on a kernel with fentry, or CAP_AUDIT_READ in the host's network and pid namespaces"
 		return c
 	}
 	c.Found = "seen by " + mechanism

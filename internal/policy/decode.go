@@ -357,7 +357,7 @@ func (v value) policy() (Policy, bool) {
 	if seen["phases"] && p.Mode == ModeAudit && !slices.ContainsFunc(p.AllowedModes, Mode.hasPhases) {
 		modeAt.errorf("%s knows no phases, they would have no effect; want record or enforce, or one of them among allowedModes", p.Mode)
 	}
-	if seen["logDenials"] && !seen["phases"] {
+	if p.LogDenials && !seen["phases"] {
 		logAt.errorf("has no effect without phases")
 	}
 	for _, call := range p.MustDeny {

@@ -48,7 +48,9 @@ of --api-socket, with 'syslatch phase set --socket' or plain HTTP. What the phas
 allow fails with EPERM. If syslatch is killed, what differs between phases fails
 with ENOSYS from then on. That needs root, or a cgroup that is delegated. COMMAND,
 which runs as the same user, may use that socket, too, but only to tighten itself.
-Limits of phases are not set: the cgroup has no controllers.
+Its phases' limits are set where the host has cgroup v2: where they take controllers,
+COMMAND's cgroup is made below the nearest that enables them, and out of the limits
+of those between.
 
 'syslatch profile phases' shows what phases come to. What a policy asks for and
 this command can't enforce is an error, unless the policy's phases say

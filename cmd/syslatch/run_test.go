@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -20,9 +21,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/syslatch/syslatch/bpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/syslatch/syslatch/bpf"
 	"github.com/syslatch/syslatch/internal/cgroup"
 	"github.com/syslatch/syslatch/internal/phase"
 )
@@ -186,6 +187,64 @@ func TestRunInPhasesCannotLoosen(t *testing.T) {
 	p.does("mkdir "+p.dir+"/a", "0")
 }
 
+// TestRunLimits: each phase's limits are set, before the command begins, and what a phase
+// doesn't limit is as it was; from inside none gets looser. Controllers take cgroup v2.
+func TestRunLimits(t *testing.T) {
+	const calls = `["@file-read", "@basic-io", "@info", "@process", "@network", "@signal", "@timer", "@sched", "@memory"]`
+	p := startPhased(t, strings.NewReplacer("ALLOW", calls).Replace(`apiVersion: syslatch.dev/v1
+policies:
+- name: agent
+  match: {}
+  mode: enforce
+  limits: {memory: {max: 512Mi}}
+  phases:
+    initial: begin
+    gaps: report
+    begin: {allow: ALLOW, limits: {oomScoreAdj: 300, pids: {max: 70}, cpu: {max: "50%"}}}
+    small: {allow: ALLOW, limits: {oomScoreAdj: 500, pids: {max: 60}, memory: {max: 256Mi}}}
+    free: {allow: ALLOW}
+`))
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		t.Fatal(err)
+	}
+	has := func(phase, score, pids, memory, cpu string) {
+		t.Helper()
+		p.does(fmt.Sprintf(`[ "$(cat /proc/self/oom_score_adj)" = %s ]`, score), "0")
+		if h.Mode != cgroup.V2 {
+			if r := syslatch(t, "phase", "get", "--socket", p.socket, "i"); phase != "free" && !strings.Contains(r.stdout, "limits are not set") {
+				t.Errorf("no gap: %+v", r)
+			}
+			return
+		}
+		for file, want := range map[string]string{"pids.max": pids, "memory.max": memory, "cpu.max": cpu} {
+			if got, err := os.ReadFile(filepath.Join(p.cgroup, file)); err != nil || strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s: %s is %q, %v; want %q", phase, file, got, err, want)
+			}
+		}
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fromInside := func(phase string) string {
+		return exe + " phase set --socket " + p.socket + " i " + phase + " >&2"
+	}
+	has("begin", "300", "70", "536870912", "50000 100000")
+	p.set("small", 0)
+	has("small", "500", "60", "268435456", "max 100000")
+	p.does(fromInside("free"), "3")
+	has("small", "500", "60", "268435456", "max 100000")
+	p.set("free", 0)
+	has("free", strings.TrimSpace(string(before)), "max", "536870912", "max 100000")
+	p.does(fromInside("small"), "0")
+	has("small", "500", "60", "268435456", "max 100000")
+}
+
 func TestRunInPhasesEnds(t *testing.T) {
 	p := startPhased(t, runPolicy, "--phase", "write")
 	p.does("mkdir "+p.dir+"/a", "0")
@@ -259,19 +318,19 @@ func TestRunRefusesGaps(t *testing.T) {
 	dir := t.TempDir()
 	file, mark := filepath.Join(dir, "policy.yaml"), filepath.Join(dir, "ran")
 	policy := strings.Replace(runPolicy, "    gaps: report\n", "", 1)
-	policy = strings.Replace(policy, "next: [read_only]", "next: [read_only], limits: {pids: {max: 5}}", 1)
+	policy = strings.Replace(policy, "  phases:\n", "  limits: {rlimits: [{type: RLIMIT_CORE, soft: 0, hard: 0}]}\n  phases:\n", 1)
 	if err := os.WriteFile(file, []byte(policy), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	r := syslatch(t, "run", "--policy", file, "--phase", "write", "--", "/usr/bin/touch", mark)
-	if r.code != 125 || !strings.Contains(r.stderr, "can't be enforced on this host as it is written") || !strings.Contains(r.stderr, "limits are not set") {
+	if r.code != 125 || !strings.Contains(r.stderr, "can't be enforced on this host as it is written") || !strings.Contains(r.stderr, "rlimits are not set") {
 		t.Errorf("%+v", r)
 	}
 	if _, err := os.Stat(mark); err == nil {
 		t.Fatal("it ran")
 	}
 	r = syslatch(t, "run", "--policy", file, "--phase", "write", "--gaps", "report", "--", "/usr/bin/touch", mark)
-	if r.code != 0 || !strings.Contains(r.stderr, "not enforced: write: the phase's limits are not set") {
+	if r.code != 0 || !strings.Contains(r.stderr, "not enforced: read_only, write: the policy's rlimits are not set") {
 		t.Errorf("%+v", r)
 	}
 	if _, err := os.Stat(mark); err != nil {

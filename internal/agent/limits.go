@@ -23,7 +23,8 @@ import (
 // for a file gets back what the file held before any phase changed it.
 type limits struct {
 	turn     chan struct{} // has a token while limits are set
-	original []limitValue  // with the turn
+	start    func(set func() error, done func(error)) bool
+	original []limitValue // with the turn
 	write    func(kernelHost, *cgroup.Process, adjust.Expectation) error
 }
 
@@ -55,15 +56,20 @@ func (l *limits) todo(want []adjust.Expectation) []adjust.Expectation {
 	return todo
 }
 
-// begin comes before all else.
-func (l *limits) begin(original []limitValue) {
-	l.turn, l.original, l.write = make(chan struct{}, 1), original, writeLimit
+// begin comes before all else. start runs what may hang, or says no.
+func (l *limits) begin(original []limitValue, start func(set func() error, done func(error)) bool) {
+	l.turn, l.original, l.start, l.write = make(chan struct{}, 1), original, start, writeLimit
+}
+
+// setsLimits is begin's start.
+func (a *Agent) setsLimits(set func() error, done func(error)) bool {
+	return a.spawn("set limits", func() { done(a.safely("set limits", set)) })
 }
 
 // within sets limits, and gives up when ctx ends: a write to memory.max takes as long
 // as the kernel takes to reclaim. What hangs then is waited for by the next who sets
 // limits, and sets nothing more: no write of a phase comes behind those of a later one.
-func (l *limits) within(ctx context.Context, a *Agent, set func() error) error {
+func (l *limits) within(ctx context.Context, set func() error) error {
 	late := func() error {
 		return fmt.Errorf("not set in time (the kernel may still be reclaiming memory; ask for the phase again): %w", ctx.Err())
 	}
@@ -73,9 +79,9 @@ func (l *limits) within(ctx context.Context, a *Agent, set func() error) error {
 		return late()
 	}
 	done := make(chan error, 1) // buffered: nobody may wait for it any more
-	if !a.spawn("set limits", func() {
-		defer func() { <-l.turn }()
-		done <- a.safely("set limits", set)
+	if !l.start(set, func(err error) {
+		<-l.turn
+		done <- err
 	}) {
 		<-l.turn
 		return errClosed
@@ -145,6 +151,21 @@ func (l *limits) set(ctx context.Context, h kernelHost, p *cgroup.Process, want 
 			return err
 		}
 		l.original = back
+	}
+	return nil
+}
+
+// loosens says by an error of which limit there would be more than now. The caller has the
+// turn.
+func (l *limits) loosens(h kernelHost, p *cgroup.Process, want []adjust.Expectation) error {
+	for _, e := range l.todo(want) {
+		switch content, err := h.readOf(p, e); {
+		case e.Optional && errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return err
+		case e.Looser(content):
+			return fmt.Errorf("%s is %.70q, and would be %.70q", e.File, strings.TrimSpace(content), e.Want)
+		}
 	}
 	return nil
 }

@@ -37,7 +37,7 @@ func limited(g *cgroup.Group, pid int, scores map[string]int) *instance {
 		}
 		in.Decision.Phases.Phases = append(in.Decision.Phases.Phases, ph)
 	}
-	in.limits.begin(nil)
+	in.limits.begin(nil, (&Agent{}).setsLimits)
 	return in
 }
 

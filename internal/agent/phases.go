@@ -88,10 +88,11 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	group, err := cgroup.New("run")
+	limits, gaps, err := newRunLimits(opts.Policy)
 	if err != nil {
 		return 0, err
 	}
+	group := limits.group
 	defer func() {
 		_ = group.Kill() // what is left was started in this group
 		_ = group.Wait(context.Background())
@@ -115,7 +116,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("policy %s: %w", opts.Policy.Name, err)
 	}
-	gaps := append(slices.Clone(plan.Gaps), limitGaps(opts.Policy.Phases)...)
+	gaps = append(slices.Clone(plan.Gaps), gaps...)
 	for _, err := range []error{noPrograms, notSeen} {
 		if err != nil && len(plan.Gaps) > 0 { // which say what that means
 			fmt.Fprintf(opts.Messages, "syslatch: %v\n", err)
@@ -154,12 +155,14 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	defer supervisor.Close()
 	instance := phase.Instance{
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
-		Barrier: freezer, Uncovered: uncovered(gaps),
+		Barrier: freezer, Uncovered: uncovered(gaps), Limits: limits.set, Loosens: limits.loosens,
 	}
 	filters := &filtered{seen: seen, plan: plan, log: opts.Log}
 	if seen != nil {
 		instance.Mark = filters.mark
 	}
+	var supervised *phase.Supervised
+	instance.Ready = func() error { return limits.first(supervised) }
 	if injector != nil {
 		instance.Ratchet, instance.Enter = injector.put, injector.enter
 	}
@@ -171,8 +174,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		guarded.plan = plan
 	}
 	instance.Hooks = guarded.hooks()
-	supervised, err := supervisor.Add(instance)
-	if err != nil {
+	if supervised, err = supervisor.Add(instance); err != nil {
 		return 0, err
 	}
 	defer supervisor.End(instance.ID)
@@ -211,6 +213,12 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
+	if !plan.Listener {
+		if err := limits.first(supervised); err != nil {
+			child.abandon()
+			return 0, err
+		}
+	}
 	if len(plan.Hooks) > 0 {
 		if err := programs.enforce(guarded, child.cmd.Process.Pid, group, len(gaps) > 0); err != nil {
 			child.abandon()
@@ -238,25 +246,15 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err := <-received; failed == nil {
 		failed = err
 	}
+	if err := limits.failed.Load(); err != nil {
+		failed = *err // so the execve was denied
+	}
 	if failed != nil {
 		_ = group.Kill()
 		_ = child.cmd.Wait()
 		return 0, failed
 	}
 	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
-}
-
-// limitGaps: a run's cgroup has no controllers.
-func limitGaps(ps *policy.Phases) (gaps []profiles.PhaseGap) {
-	for i := range ps.Phases {
-		if p := &ps.Phases[i]; !p.Limits.None() {
-			gaps = append(gaps, profiles.PhaseGap{
-				Phases: []string{p.Name}, What: "the phase's limits are not set",
-				Why: "a command that is run without a container engine has a cgroup without controllers", Remedy: "leave limits out of the phase",
-			})
-		}
-	}
-	return gaps
 }
 
 // takeListener hands the listener that the launched process sends to the supervisor.

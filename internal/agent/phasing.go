@@ -6,12 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -260,7 +258,7 @@ func (p *phasing) supervise(in *instance, now phaseNow) (*phase.Supervised, erro
 		}
 	}
 	lost := p.programs.find(in, is.plan, &now)
-	in.limits.begin(now.Original)
+	in.limits.begin(now.Original, p.a.setsLimits)
 	in.kept.now = now
 	in.barrier.note = p.a.journalOf(in).path(in.Container.ID, frozenSuffix)
 	c := &in.Container
@@ -449,7 +447,7 @@ func (p *phasing) begin(in *instance) error {
 
 // setLimits sets what limits a phase has, and reads them back.
 func (p *phasing) setLimits(ctx context.Context, in *instance, name string) error {
-	return in.limits.within(ctx, p.a, func() error { return p.setLimitsNow(ctx, in, name) })
+	return in.limits.within(ctx, func() error { return p.setLimitsNow(ctx, in, name) })
 }
 
 func (p *phasing) setLimitsNow(ctx context.Context, in *instance, name string) error {
@@ -489,22 +487,13 @@ func (p *phasing) loosens(ctx context.Context, in *instance, name string) error 
 	p.a.mu.Lock()
 	pid := in.Container.PID
 	p.a.mu.Unlock()
-	return in.limits.within(ctx, p.a, func() error {
+	return in.limits.within(ctx, func() error {
 		process, err := p.processOf(in, pid)
 		if err != nil {
 			return err
 		}
 		defer process.Close()
-		for _, e := range in.limits.todo(want) {
-			switch content, err := p.kernel.readOf(process, e); {
-			case e.Optional && errors.Is(err, fs.ErrNotExist):
-			case err != nil:
-				return err
-			case e.Looser(content):
-				return fmt.Errorf("%s is %.70q, and would be %.70q", e.File, strings.TrimSpace(content), e.Want)
-			}
-		}
-		return nil
+		return in.limits.loosens(p.kernel, process, want)
 	})
 }
 

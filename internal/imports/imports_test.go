@@ -70,6 +70,14 @@ var rules = map[string]rule{
 		not: []string{"./bpf", "./plugin", "./hook", "./internal/adjust", "./internal/agent", "./internal/api", "./internal/cgroup", "./internal/policy", "./internal/store"},
 		why: "the supervisor switches; what enforces a phase is handed to it",
 	},
+	"./internal/monitor": {
+		not: []string{"./plugin", "./hook", "./internal/agent", "./internal/adjust", "./internal/phase", "./internal/policy", "./internal/store"},
+		why: "what is seen is told by cgroup, whoever is in it",
+	},
+	"./internal/osthread": {
+		not: []string{"./..."},
+		why: "a thread is no domain of ours",
+	},
 	"./internal/holder": {
 		not: []string{"./..."},
 		why: "a descriptor with a name is no domain of ours",

@@ -126,6 +126,8 @@ int BPF_PROG(syslatch_end, struct task_struct *task)
 	cgroup = watched_cgroup();
 	if (cgroup)
 		bpf_map_update_elem(&ended, &pid, &cgroup, BPF_ANY);
+	else
+		bpf_map_delete_elem(&ended, &pid); /* of who had it before */
 	return 0;
 }
 

@@ -26,6 +26,7 @@ type runFlags struct {
 
 	policy, policyName, phase string
 	gaps, socket, events, id  string
+	parent                    string
 }
 
 func newRunCommand() *cobra.Command {
@@ -48,9 +49,8 @@ of --api-socket, with 'syslatch phase set --socket' or plain HTTP. What the phas
 allow fails with EPERM. If syslatch is killed, what differs between phases fails
 with ENOSYS from then on. That needs root, or a cgroup that is delegated. COMMAND,
 which runs as the same user, may use that socket, too, but only to tighten itself.
-Its phases' limits are set where the host has cgroup v2: where they take controllers,
-COMMAND's cgroup is made below the nearest that enables them, and out of the limits
-of those between.
+Its phases' limits are set as far as COMMAND's cgroup has the controllers, which those
+above it have to enable: it is below syslatch's own, or where --cgroup-parent says.
 
 'syslatch profile phases' shows what phases come to. What a policy asks for and
 this command can't enforce is an error, unless the policy's phases say
@@ -72,12 +72,14 @@ be executed, 127 if it wasn't found; 2 if the command line is wrong.`,
 	fl.StringVar(&f.policy, "policy", "", "policy `FILE` with phases")
 	fl.StringVar(&f.policyName, "policy-name", "", "`name` of the policy in the file (default: the one that has phases)")
 	fl.StringVar(&f.phase, "phase", "", "`phase` to begin in (default: the policy's initial one)")
+	fl.StringVar(&f.parent, "cgroup-parent", "", "make COMMAND's cgroup below this `DIR` of cgroup v2 (default: syslatch's own cgroup)")
 	fl.StringVar(&f.gaps, "gaps", "", "what to do about what can't be enforced: deny or report (default: as the policy says)")
 	fl.StringVar(&f.socket, "api-socket", "", "serve the API that switches phases on this unix socket `PATH`")
 	fl.StringVar(&f.events, "events", "", "append switches, refusals and denials to `FILE`, a line of JSON each")
 	fl.StringVar(&f.id, "id", "", "`id` of the instance in the API (default: run-PID)")
 	cli.Must(c.MarkFlagFilename("profile", "json"))
 	cli.Must(c.MarkFlagFilename("policy", "yaml", "yml", "conf"))
+	cli.Must(c.MarkFlagDirname("cgroup-parent"))
 	cli.Must(c.RegisterFlagCompletionFunc("gaps", cobra.FixedCompletions([]string{string(policy.GapsDeny), string(policy.GapsReport)}, cobra.ShellCompDirectiveNoFileComp)))
 	cli.Must(c.RegisterFlagCompletionFunc("phase", f.completePhase))
 	return c
@@ -109,7 +111,7 @@ func (f *runFlags) run(c *cobra.Command, args []string) error {
 	case f.profile != "" && f.policy != "":
 		return cli.Usage(errors.New("--profile and --policy exclude each other"))
 	case f.profile != "":
-		for _, name := range []string{"policy-name", "phase", "gaps", "api-socket", "events", "id"} {
+		for _, name := range []string{"policy-name", "phase", "gaps", "api-socket", "events", "id", "cgroup-parent"} {
 			if c.Flags().Changed(name) {
 				return cli.Usage(fmt.Errorf("--%s is for --policy", name))
 			}
@@ -131,7 +133,7 @@ func (f *runFlags) run(c *cobra.Command, args []string) error {
 	log.SetOutput(os.Stderr)
 	opts := agent.RunPhasesOptions{
 		Command: args, Policy: p, Phase: f.phase, Gaps: gaps, ID: f.id, Events: f.events,
-		NoNewPrivs: f.noNewPrivs, Log: logrus.NewEntry(log), Messages: c.ErrOrStderr(),
+		NoNewPrivs: f.noNewPrivs, CgroupParent: f.parent, Log: logrus.NewEntry(log), Messages: c.ErrOrStderr(),
 	}
 	if f.socket != "" {
 		opts.Socket = f.socket

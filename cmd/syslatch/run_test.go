@@ -190,7 +190,11 @@ func TestRunInPhasesCannotLoosen(t *testing.T) {
 // TestRunLimits: each phase's limits are set, before the command begins, and what a phase
 // doesn't limit is as it was; from inside none gets looser. Controllers take cgroup v2.
 func TestRunLimits(t *testing.T) {
-	const calls = `["@file-read", "@basic-io", "@info", "@process", "@network", "@signal", "@timer", "@sched", "@memory"]`
+	const calls = `["@file-read", "@basic-io", "@file-write", "@info", "@process", "@network", "@signal", "@timer", "@sched", "@memory"]`
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
 	p := startPhased(t, strings.NewReplacer("ALLOW", calls).Replace(`apiVersion: syslatch.dev/v1
 policies:
 - name: agent
@@ -203,11 +207,7 @@ policies:
     begin: {allow: ALLOW, limits: {oomScoreAdj: 300, pids: {max: 70}, cpu: {max: "50%"}}}
     small: {allow: ALLOW, limits: {oomScoreAdj: 500, pids: {max: 60}, memory: {max: 256Mi}}}
     free: {allow: ALLOW}
-`))
-	h, err := cgroup.Detect()
-	if err != nil {
-		t.Fatal(err)
-	}
+`), "--cgroup-parent", h.Unified)
 	before, err := os.ReadFile("/proc/self/oom_score_adj")
 	if err != nil {
 		t.Fatal(err)
@@ -243,6 +243,11 @@ policies:
 	has("free", strings.TrimSpace(string(before)), "max", "536870912", "max 100000")
 	p.does(fromInside("small"), "0")
 	has("small", "500", "60", "268435456", "max 100000")
+	// Wherever the command's processes are by now, the limits are its own cgroup's.
+	below := p.cgroup + "/below"
+	p.does("mkdir "+below+" && echo $$ >"+below+"/cgroup.procs", "0")
+	p.set("begin", 0)
+	has("begin", "300", "70", "536870912", "50000 100000")
 }
 
 func TestRunInPhasesEnds(t *testing.T) {

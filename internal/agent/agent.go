@@ -179,7 +179,7 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := newAgent(p, opts, s, j, kernelHost{hierarchy})
+	a := newAgent(p, opts, s, j, kernelHost{Hierarchy: hierarchy})
 	a.cgroupMode = hierarchy.Mode.String()
 	recorder, err := openRecorder(hierarchy, p.BPFFS)
 	if err != nil {
@@ -193,7 +193,7 @@ func New(p *policy.File, opts Options) (_ *Agent, err error) {
 		return nil, errors.Join(err, a.Close())
 	}
 	if a.mayHavePhases() {
-		if a.phases, err = newPhasing(a, kernelHost{hierarchy}, opts); err != nil {
+		if a.phases, err = newPhasing(a, kernelHost{Hierarchy: hierarchy}, opts); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
 		a.compiler = a.phases

@@ -81,7 +81,7 @@ func recordAttached(target Attach, signals <-chan os.Signal, messages io.Writer)
 	fmt.Fprintf(messages, "syslatch: recording %s (interrupt to end)\n", path)
 	ctx, cancel := context.WithCancel(context.Background())
 	empty := make(chan error, 1)
-	go func() { empty <- kernelHost{h}.Empty(ctx, id) }()
+	go func() { empty <- kernelHost{Hierarchy: h}.Empty(ctx, id) }()
 	select {
 	case err = <-empty:
 	case <-signals:

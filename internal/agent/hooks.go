@@ -83,7 +83,7 @@ func OpenHooks(p *policy.File, opts Options) (_ *Hooks, err error) {
 	if err != nil {
 		return nil, err
 	}
-	h := newHooks(newAgent(p, opts, s, j, kernelHost{hierarchy}))
+	h := newHooks(newAgent(p, opts, s, j, kernelHost{Hierarchy: hierarchy}))
 	h.daemons = &journal{dir: daemonJournal(p)}
 	h.supervisor = &supervisor{listenerSocket(p)}
 	h.a.compiler = h.supervisor

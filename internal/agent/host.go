@@ -20,7 +20,17 @@ import (
 )
 
 // kernelHost is the host that this process runs on.
-type kernelHost struct{ *cgroup.Hierarchy }
+type kernelHost struct {
+	*cgroup.Hierarchy
+	only string // if not empty, the one cgroup whose files are read and written
+}
+
+func (h kernelHost) DirOf(p *cgroup.Process, controller string) (string, error) {
+	if h.only != "" {
+		return h.only, nil
+	}
+	return h.Hierarchy.DirOf(p, controller)
+}
 
 func (h kernelHost) CgroupOf(pid int) (uint64, error) {
 	path, err := h.OfPID(pid)

@@ -31,7 +31,7 @@ func detect(t *testing.T) kernelHost {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return kernelHost{h}
+	return kernelHost{Hierarchy: h}
 }
 
 // newGroup is a cgroup that is removed with what runs in it.

@@ -41,8 +41,11 @@ type RunPhasesOptions struct {
 	Serve      func(s *phase.Supervisor, instanceOf func(pid int) (string, error)) (io.Closer, error)
 	Socket     string // that Serve serves on, by which the command may tighten itself
 	NoNewPrivs bool
-	Log        *logrus.Entry
-	Messages   io.Writer
+	// CgroupParent is the directory below which the command's cgroup is made; empty is
+	// this process's own cgroup.
+	CgroupParent string
+	Log          *logrus.Entry
+	Messages     io.Writer
 }
 
 // phaseHost is what phases can be enforced with.
@@ -88,7 +91,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	limits, gaps, err := newRunLimits(opts.Policy)
+	limits, gaps, err := newRunLimits(opts.Policy, opts.CgroupParent)
 	if err != nil {
 		return 0, err
 	}

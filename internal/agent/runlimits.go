@@ -4,10 +4,9 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -30,41 +29,52 @@ type runLimits struct {
 	failed atomic.Pointer[error] // why the first weren't set
 }
 
-// newRunLimits makes the command's cgroup, with the controllers that its phases need. What
+// newRunLimits makes the command's cgroup, below parent or, with "", this program's own. The
+// controllers that it has are those that the one above has enabled for its children; what
 // can't be had is among the gaps.
-func newRunLimits(p *policy.Policy) (_ *runLimits, gaps []profiles.PhaseGap, err error) {
+func newRunLimits(p *policy.Policy, parent string) (_ *runLimits, gaps []profiles.PhaseGap, err error) {
 	h, err := cgroup.Detect()
 	if err != nil {
 		return nil, nil, err
 	}
-	l := &runLimits{host: kernelHost{h}, want: map[string][]adjust.Expectation{}}
+	group, err := cgroup.NewIn(parent, "run")
+	if err != nil {
+		return nil, nil, err
+	}
+	l := &runLimits{host: kernelHost{h, group.Path()}, group: group, want: map[string][]adjust.Expectation{}}
 	l.begin(nil, func(set func() error, done func(error)) bool {
 		go func() { done(set()) }()
 		return true
 	})
-	gap := func(phase, why, remedy string) {
-		gaps = append(gaps, profiles.PhaseGap{Phases: []string{phase}, What: "the phase's limits are not set", Why: why, Remedy: remedy})
-	}
-	controllers := map[string]bool{}
 	var names []string
 	for i := range p.Phases.Phases {
 		ph := &p.Phases.Phases[i]
 		names = append(names, ph.Name)
 		want, err := adjust.PhaseLimits(p.Limits, ph.Limits, adjust.Runtime{CgroupMode: h.Mode.String(), PageSize: os.Getpagesize()})
-		switch {
-		case err != nil:
-			gap(ph.Name, err.Error(), "leave them out of the phase")
+		if err != nil {
+			gaps = append(gaps, profiles.PhaseGap{Phases: []string{ph.Name}, What: "its limits are not set", Why: err.Error(), Remedy: "leave them out of the phase"})
 			continue
-		case h.Mode != cgroup.V2 && slices.ContainsFunc(want, inCgroup):
-			gap(ph.Name, "a command that is run without a container engine has a cgroup of v2 alone, and this host's controllers are v1's", "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1), or leave limits out of the phase")
-			want = slices.DeleteFunc(want, inCgroup)
 		}
-		l.want[ph.Name] = want
-		for _, e := range want {
-			if inCgroup(e) {
-				controller, _, _ := strings.Cut(e.File, ".")
-				controllers[controller] = true
+		var missing []string
+		l.want[ph.Name] = slices.DeleteFunc(want, func(e adjust.Expectation) bool {
+			if e.Source != adjust.SourceCgroup {
+				return false
 			}
+			_, err := os.Stat(filepath.Join(group.Path(), e.File))
+			if e.Controller == "" && err == nil {
+				return false
+			}
+			if !e.Optional {
+				missing = append(missing, e.File)
+			}
+			return true
+		})
+		if len(missing) > 0 {
+			gaps = append(gaps, profiles.PhaseGap{
+				Phases: []string{ph.Name}, What: "limits are not set: " + strings.Join(missing, " "),
+				Why:    "the command's cgroup, " + group.Path() + ", doesn't have them",
+				Remedy: "name a cgroup of v2 by --cgroup-parent that has these controllers in its cgroup.subtree_control, or leave them out of the phase",
+			})
 		}
 	}
 	if len(p.Limits.Rlimits) > 0 {
@@ -73,26 +83,10 @@ func newRunLimits(p *policy.Policy) (_ *runLimits, gaps []profiles.PhaseGap, err
 			Why: "a command that is run without a container engine has those of whoever runs it", Remedy: "leave them out of the policy, and set them by ulimit",
 		})
 	}
-	if len(controllers) == 0 {
-		l.group, err = cgroup.New("run")
-		return l, gaps, err
-	}
-	l.group, err = cgroup.NewControlled("run", slices.Sorted(maps.Keys(controllers)))
-	if errors.Is(err, cgroup.ErrNoController) {
-		for name, want := range l.want {
-			if slices.ContainsFunc(want, inCgroup) {
-				gap(name, err.Error(), "enable it, or leave limits out of the phase")
-				l.want[name] = slices.DeleteFunc(want, inCgroup)
-			}
-		}
-		l.group, err = cgroup.New("run")
-	}
-	return l, gaps, err
+	return l, gaps, nil
 }
 
-func inCgroup(e adjust.Expectation) bool { return e.Source == adjust.SourceCgroup }
-
-// process is any of the command's.
+// process is any of the command's: for oom_score_adj, which all have alike.
 func (l *runLimits) process() (*cgroup.Process, error) {
 	below, err := cgroup.Children(l.group.Path())
 	if err != nil {
@@ -114,10 +108,10 @@ func (l *runLimits) process() (*cgroup.Process, error) {
 func (l *runLimits) first(sv *phase.Supervised) error {
 	ctx, cancel := context.WithTimeout(context.Background(), firstLimitsTime)
 	defer cancel()
-	name := sv.Status().Phase
-	err := l.set(ctx, name)
+	// A switch may be under way: its limits come behind these, or these are its.
+	err := l.within(ctx, func() error { return l.setNow(ctx, sv.Status().Phase) })
 	if err != nil {
-		err = fmt.Errorf("limits of phase %s: %w", name, err)
+		err = fmt.Errorf("limits of the first phase: %w", err)
 		l.failed.Store(&err)
 	}
 	return err
@@ -128,15 +122,17 @@ const firstLimitsTime = 10 * time.Second
 
 // set is phase.Instance.Limits.
 func (l *runLimits) set(ctx context.Context, name string) error {
-	return l.within(ctx, func() error {
-		p, err := l.process()
-		if err != nil {
-			return err
-		}
-		defer p.Close()
-		// A later process has nothing to put back: the cgroup ends with this one.
-		return l.limits.set(ctx, l.host, p, l.want[name], func([]limitValue) error { return nil })
-	})
+	return l.within(ctx, func() error { return l.setNow(ctx, name) })
+}
+
+func (l *runLimits) setNow(ctx context.Context, name string) error {
+	p, err := l.process()
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	// A later process has nothing to put back: the cgroup ends with this one.
+	return l.limits.set(ctx, l.host, p, l.want[name], func([]limitValue) error { return nil })
 }
 
 // loosens is phase.Instance.Loosens.

@@ -73,38 +73,6 @@ func NewIn(parent, name string) (*Group, error) {
 	return nil, fmt.Errorf("make a cgroup (run as root or in a delegated cgroup, with %s mounted writable): %w", h.Unified, errors.Join(errs...))
 }
 
-// ErrNoController means that no cgroup has children with a controller.
-var ErrNoController = errors.New("a controller is not enabled for the children of any cgroup here")
-
-// NewControlled is New for a group with controllers, such as memory and pids. They are what
-// a parent has enabled for its children, and one with processes has none: so the group is
-// made below the nearest ancestor that has, and out of the limits of what is between.
-func NewControlled(name string, controllers []string) (*Group, error) {
-	h, err := Detect()
-	if err != nil {
-		return nil, err
-	}
-	if err := h.RequireV2(); err != nil {
-		return nil, err
-	}
-	own, err := h.OfPID(os.Getpid())
-	if err != nil {
-		return nil, err
-	}
-	for dir := own; strings.HasPrefix(dir, h.Unified); dir = filepath.Dir(dir) {
-		enabled, err := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
-		if err != nil {
-			return nil, err
-		}
-		has := strings.Fields(string(enabled))
-		if !slices.ContainsFunc(controllers, func(c string) bool { return !slices.Contains(has, c) }) {
-			return NewIn(dir, name)
-		}
-	}
-	return nil, fmt.Errorf("%w: %s (echo '+%s' > %s)", ErrNoController, strings.Join(controllers, ", "),
-		strings.Join(controllers, " +"), filepath.Join(h.Unified, "cgroup.subtree_control"))
-}
-
 // makeGroup makes a directory that a process can be put into.
 func makeGroup(path string) (*Group, error) {
 	if err := os.Mkdir(path, 0o755); err != nil {

@@ -684,27 +684,3 @@ func TestReadController(t *testing.T) {
 		}
 	}
 }
-
-// TestNewControlled: a group has the controllers that were asked for, or an error names them.
-func TestNewControlled(t *testing.T) {
-	h := detect(t)
-	if _, err := NewControlled("test", []string{"no-such"}); !errors.Is(err, ErrNoController) || !strings.Contains(err.Error(), "+no-such") {
-		t.Errorf("%v", err)
-	}
-	g, err := NewControlled("test", []string{"pids"})
-	if h.Mode == Hybrid { // v1 has it
-		if !errors.Is(err, ErrNoController) {
-			t.Errorf("%v", err)
-		}
-		return
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Stat(filepath.Join(g.Path(), "pids.max")); err != nil {
-		t.Error(err)
-	}
-	if err := g.Remove(); err != nil {
-		t.Error(err)
-	}
-}

@@ -35,8 +35,8 @@ type source interface {
 	forget(cgroup uint64) error
 	// settle waits for what is on its way.
 	settle()
-	// read is what was denied since it was last called, by cgroup, and how many denials,
-	// at least, it can't tell of.
+	// read is what was denied since it was last called, by cgroup, and how many denials, or
+	// records that may be of some, it can't tell of.
 	read() (all map[uint64][]Denial, lost uint64, err error)
 	io.Closer
 }
@@ -193,7 +193,7 @@ func (d *Denials) tell() {
 	}
 	var told []news
 	d.mu.Lock()
-	if d.source == nil {
+	if d.source == nil || len(d.found) == 0 {
 		d.mu.Unlock()
 		return
 	}
@@ -210,7 +210,7 @@ func (d *Denials) tell() {
 		}
 	}
 	if lost > 0 {
-		d.log.WithField("at_least", lost).Warn("denials by filters can't be told: there were too many at once")
+		d.log.WithField("lost", lost).Warn("denials by filters may be missing: more came than there was room for")
 	}
 	if err != nil {
 		d.log.WithError(err).Error("denials by filters can't be read")

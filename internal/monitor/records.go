@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -35,6 +36,7 @@ type records struct {
 	ended     *bpf.Ended    // nil: the cgroups of processes that have ended are not known
 	arrived   chan struct{} // has an element if something has come since it was last taken
 	done      chan struct{} // closed when nothing more comes
+	closing   atomic.Bool
 
 	mu      sync.Mutex
 	tags    map[uint64][]tagged  // guarded by mu: by watched cgroup, the oldest first
@@ -63,8 +65,8 @@ const (
 	// (linux/audit.h).
 	auditSeccomp = 1326
 	readLog      = 1
-	// mostRecord is MAX_AUDIT_MESSAGE_LENGTH, with a header.
-	mostRecord = 8970 + unix.NLMSG_HDRLEN
+	// mostRecord is more than one about seccomp has, in multiples of NLMSG_ALIGNTO.
+	mostRecord = 16 << 10
 	// manyCalls stands for all numbers from it on.
 	manyCalls = 1024
 	// mostPending bounds what is kept between two reads, and mostTags what is kept of a
@@ -104,14 +106,19 @@ func openRecords(h *cgroup.Hierarchy, log *logrus.Entry) (source, error) {
 
 func (r *records) receive() {
 	defer close(r.done)
+	defer func() {
+		if p := recover(); p != nil {
+			r.fail(fmt.Errorf("internal error: %v", p))
+		}
+	}()
 	conn, err := r.socket.SyscallConn()
 	buf := make([]byte, mostRecord)
 	for err == nil {
-		var n int
+		var n, flags int
 		var from unix.Sockaddr
 		var readErr error
 		err = conn.Read(func(fd uintptr) bool {
-			n, from, readErr = unix.Recvfrom(int(fd), buf, 0)
+			n, _, flags, from, readErr = unix.Recvmsg(int(fd), buf, nil, 0)
 			return !errors.Is(readErr, unix.EAGAIN)
 		})
 		// What the socket had no room for is in its count of drops.
@@ -123,26 +130,38 @@ func (r *records) receive() {
 		if kernel, ok := from.(*unix.SockaddrNetlink); err != nil || !ok || kernel.Pid != 0 {
 			continue
 		}
-		messages, parseErr := syscall.ParseNetlinkMessage(buf[:(n+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)])
+		if flags&unix.MSG_TRUNC != 0 {
+			continue // none about seccomp is as long
+		}
 		r.mu.Lock()
-		if parseErr != nil {
-			r.lost++
-		}
-		for _, m := range messages {
-			if m.Header.Type == auditSeccomp {
-				r.add(string(m.Data))
-			}
-		}
+		r.take(buf, n)
 		r.mu.Unlock()
 		select {
 		case r.arrived <- struct{}{}:
 		default:
 		}
 	}
-	if !errors.Is(err, os.ErrClosed) {
-		r.mu.Lock()
-		r.failed = fmt.Errorf("audit netlink: %w (restart this program)", err)
-		r.mu.Unlock()
+	if !r.closing.Load() {
+		r.fail(err)
+	}
+}
+
+func (r *records) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = fmt.Errorf("audit netlink: %w (restart this program)", err)
+}
+
+// take adds what a message of n bytes has, whose buffer has room to align it. mu is held.
+func (r *records) take(buf []byte, n int) {
+	messages, err := syscall.ParseNetlinkMessage(buf[:(n+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)])
+	if err != nil {
+		r.lost++
+	}
+	for _, m := range messages {
+		if m.Header.Type == auditSeccomp {
+			r.add(string(m.Data))
+		}
 	}
 }
 
@@ -187,10 +206,10 @@ func (r *records) cgroupOf(pid int) uint64 {
 	}
 	id, err := r.hierarchy.Above(pid, func(id uint64) bool { return r.tags[id] != nil })
 	switch {
-	case id != 0:
+	case err == nil:
 	case r.ended != nil:
-		id = r.ended.Cgroup(pid) // its number may be another's by now
-	case err != nil:
+		id = r.ended.Cgroup(pid)
+	default:
 		r.lost++ // whoever's it was
 	}
 	if len(r.cgroups) < mostPending {
@@ -278,6 +297,7 @@ func (r *records) settle() {
 }
 
 func (r *records) Close() error {
+	r.closing.Store(true)
 	err := r.socket.Close()
 	<-r.done
 	if r.ended != nil {

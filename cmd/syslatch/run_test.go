@@ -250,6 +250,23 @@ policies:
 	has("begin", "300", "70", "536870912", "50000 100000")
 }
 
+// TestRunOutOfMemory: a memory.max that has no room for what begins there says so.
+func TestRunOutOfMemory(t *testing.T) {
+	needRoot(t)
+	h, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.Mode != cgroup.V2 {
+		t.Skip("this host's controllers are cgroup v1's: test/vm/run has v2's")
+	}
+	file := policyFile(t, strings.Replace(runPolicy, "  phases:\n", "  limits: {memory: {max: 1Mi}}\n  phases:\n", 1))
+	r := syslatch(t, "run", "--policy", file, "--cgroup-parent", h.Unified, "--", "/bin/true")
+	if r.code == 0 || !strings.Contains(r.stderr, "memory.max") && !strings.Contains(r.stderr, "limits of the first phase") {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestRunInPhasesEnds(t *testing.T) {
 	p := startPhased(t, runPolicy, "--phase", "write")
 	p.does("mkdir "+p.dir+"/a", "0")

@@ -54,7 +54,8 @@ func (d *denials) Close() error {
 	return d.seen.Close()
 }
 
-// filtered has an instance told what its filters deny by themselves.
+// filtered has an instance told what its filters deny by themselves. What is before mu is
+// set before the first call.
 type filtered struct {
 	seen *monitor.Denials // nil: they don't log it, or nobody sees that
 	plan *profiles.PhasePlan

@@ -257,7 +257,11 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 		_ = child.cmd.Wait()
 		return 0, failed
 	}
-	return waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
+	status, err = waitAll(filepath.Base(path), "supervising", child.cmd, group, signals, opts.Messages)
+	if n := limits.oomKills(); n > 0 {
+		fmt.Fprintf(opts.Messages, "syslatch: the kernel killed %d of the command's processes, as memory.max had no room for them\n", n)
+	}
+	return status, err
 }
 
 // takeListener hands the listener that the launched process sends to the supervisor.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -119,6 +120,20 @@ func (l *runLimits) first(sv *phase.Supervised) error {
 
 // firstLimitsTime bounds what the kernel takes to reclaim memory.
 const firstLimitsTime = 10 * time.Second
+
+// oomKills is how many processes memory.max has ended; 0 without one.
+func (l *runLimits) oomKills() (n int) {
+	data, err := os.ReadFile(filepath.Join(l.group.Path(), "memory.events.local"))
+	if err != nil {
+		return 0 // the cgroup has no such controller
+	}
+	for line := range strings.Lines(string(data)) {
+		if count, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			n, _ = strconv.Atoi(strings.TrimSpace(count))
+		}
+	}
+	return n
+}
 
 // set is phase.Instance.Limits.
 func (l *runLimits) set(ctx context.Context, name string) error {

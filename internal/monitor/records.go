@@ -34,7 +34,6 @@ type records struct {
 	socket    *os.File
 	hierarchy *cgroup.Hierarchy
 	ended     *bpf.Ended    // nil: the cgroups of processes that have ended are not known
-	arrived   chan struct{} // has an element if something has come since it was last taken
 	done      chan struct{} // closed when nothing more comes
 	closing   atomic.Bool
 
@@ -42,6 +41,7 @@ type records struct {
 	tags    map[uint64][]tagged  // guarded by mu: by watched cgroup, the oldest first
 	pending map[recorded]*Denial // guarded by mu: since the last read
 	cgroups map[int]uint64       // guarded by mu: watched ones by process, since the last read
+	last    time.Time            // guarded by mu: when something came
 	lost    uint64               // guarded by mu: since the last read
 	drops   uint32               // guarded by mu: the kernel's count, as of the last read
 	failed  error                // guarded by mu: why nothing more comes
@@ -94,7 +94,7 @@ func openRecords(h *cgroup.Hierarchy, log *logrus.Entry) (source, error) {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4<<20) // as far as it may be
 	}
 	r := &records{
-		socket: socket, hierarchy: h, arrived: make(chan struct{}, 1), done: make(chan struct{}),
+		socket: socket, hierarchy: h, done: make(chan struct{}),
 		tags: map[uint64][]tagged{}, pending: map[recorded]*Denial{}, cgroups: map[int]uint64{},
 	}
 	if r.ended, err = bpf.OpenEnded(); err != nil {
@@ -135,11 +135,8 @@ func (r *records) receive() {
 		}
 		r.mu.Lock()
 		r.take(buf, n)
+		r.last = time.Now()
 		r.mu.Unlock()
-		select {
-		case r.arrived <- struct{}{}:
-		default:
-		}
 	}
 	if !r.closing.Load() {
 		r.fail(err)
@@ -282,14 +279,20 @@ func (r *records) dropped() (n uint32, err error) {
 }
 
 func (r *records) settle() {
-	limit := time.After(mostSettling)
-	for {
+	begun := time.Now()
+	for time.Since(begun) < mostSettling {
+		r.mu.Lock()
+		last := r.last
+		r.mu.Unlock()
+		if last.Before(begun) {
+			last = begun
+		}
+		wait := settled - time.Since(last)
+		if wait <= 0 {
+			return
+		}
 		select {
-		case <-r.arrived:
-		case <-time.After(settled):
-			return
-		case <-limit:
-			return
+		case <-time.After(wait):
 		case <-r.done:
 			return
 		}

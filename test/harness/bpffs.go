@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,20 +31,26 @@ func MountBPFFS() (release func() error, err error) {
 			err = errors.Join(fmt.Errorf("bpffs for tests: %w", err), lock.Close())
 		}
 	}()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return nil, err
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(bpffs, &st); err != nil {
-		return nil, err
-	}
-	if st.Type != unix.BPF_FS_MAGIC {
-		if err := unix.Mount(ours, bpffs, "bpf", 0, ""); err != nil {
+	// Shared while it is there, by this process as well: alone only to mount it. Another
+	// may be about to do that, so nobody waits for that lock.
+	for deadline := time.Now().Add(10 * time.Second); ; {
+		if err := unix.Flock(int(lock.Fd()), unix.LOCK_SH); err != nil {
 			return nil, err
 		}
-	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_SH); err != nil {
-		return nil, err
+		var st unix.Statfs_t
+		if err := unix.Statfs(bpffs, &st); err != nil {
+			return nil, err
+		}
+		if st.Type == unix.BPF_FS_MAGIC {
+			break
+		}
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			err = unix.Mount(ours, bpffs, "bpf", 0, "")
+		}
+		if err != nil && (!errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(deadline)) {
+			return nil, err
+		}
 	}
 	return func() error { return releaseBPFFS(lock) }, nil
 }

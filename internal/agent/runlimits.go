@@ -141,6 +141,9 @@ func (l *runLimits) set(ctx context.Context, name string) error {
 }
 
 func (l *runLimits) setNow(ctx context.Context, name string) error {
+	if len(l.todo(l.want[name])) == 0 {
+		return nil
+	}
 	p, err := l.process()
 	if err != nil {
 		return err
@@ -153,6 +156,9 @@ func (l *runLimits) setNow(ctx context.Context, name string) error {
 // loosens is phase.Instance.Loosens.
 func (l *runLimits) loosens(ctx context.Context, name string) error {
 	return l.within(ctx, func() error {
+		if len(l.todo(l.want[name])) == 0 {
+			return nil
+		}
 		p, err := l.process()
 		if err != nil {
 			return err

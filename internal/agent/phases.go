@@ -158,14 +158,17 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	defer supervisor.Close()
 	instance := phase.Instance{
 		ID: opts.ID, Name: filepath.Base(path), Policy: opts.Policy.Name, Set: opts.Policy.Set(), Plan: plan, Initial: opts.Phase,
-		Barrier: freezer, Uncovered: uncovered(gaps), Limits: limits.set, Loosens: limits.loosens,
+		Barrier: freezer, Uncovered: uncovered(gaps),
 	}
 	filters := &filtered{seen: seen, plan: plan, log: opts.Log}
 	if seen != nil {
 		instance.Mark = filters.mark
 	}
 	var supervised *phase.Supervised
-	instance.Ready = func() error { return limits.first(supervised) }
+	if limits.any() {
+		instance.Limits, instance.Loosens = limits.set, limits.loosens
+		instance.Ready = func() error { return limits.first(supervised) }
+	}
 	if injector != nil {
 		instance.Ratchet, instance.Enter = injector.put, injector.enter
 	}
@@ -216,7 +219,7 @@ func RunPhases(opts RunPhasesOptions) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if !plan.Listener {
+	if limits.any() && !plan.Listener {
 		if err := limits.first(supervised); err != nil {
 			child.abandon()
 			return 0, err

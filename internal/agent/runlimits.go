@@ -87,6 +87,16 @@ func newRunLimits(p *policy.Policy, parent string) (_ *runLimits, gaps []profile
 	return l, gaps, nil
 }
 
+// any says whether a phase has limits that can be set.
+func (l *runLimits) any() bool {
+	for _, want := range l.want {
+		if len(want) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // process is any of the command's: for oom_score_adj, which all have alike.
 func (l *runLimits) process() (*cgroup.Process, error) {
 	below, err := cgroup.Children(l.group.Path())
@@ -141,9 +151,6 @@ func (l *runLimits) set(ctx context.Context, name string) error {
 }
 
 func (l *runLimits) setNow(ctx context.Context, name string) error {
-	if len(l.todo(l.want[name])) == 0 {
-		return nil
-	}
 	p, err := l.process()
 	if err != nil {
 		return err
@@ -156,9 +163,6 @@ func (l *runLimits) setNow(ctx context.Context, name string) error {
 // loosens is phase.Instance.Loosens.
 func (l *runLimits) loosens(ctx context.Context, name string) error {
 	return l.within(ctx, func() error {
-		if len(l.todo(l.want[name])) == 0 {
-			return nil
-		}
 		p, err := l.process()
 		if err != nil {
 			return err

@@ -416,16 +416,27 @@ func TestRunTellsOfFilters(t *testing.T) {
 	p.set("write", 0)
 	p.set("locked", 0)
 	p.does("cd /", "2") // dash's
-	p.wait()
-	data, err := os.ReadFile(p.events)
+	again := time.NewTicker(10 * time.Millisecond)
+	defer again.Stop()
+	told := func(want string) int {
+		data, err := os.ReadFile(p.events)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(regexp.MustCompile(want).FindAll(data, -1))
+	}
 	for _, want := range []string{
 		`"from":"work","call":"SCMP_ARCH_X86_64 unshare","pid":[0-9]+,"count":1}`,
 		`"from":"locked","call":"SCMP_ARCH_X86_64 chdir","pid":[0-9]+,"count":1}`,
 	} {
-		if err != nil || len(regexp.MustCompile(want).FindAll(data, -1)) != 1 {
-			t.Errorf("events: want one of %s in %s, %v", want, data, err)
+		for deadline := time.Now().Add(20 * time.Second); told(want) == 0 && time.Now().Before(deadline); <-again.C {
+		}
+		if n := told(want); n != 1 {
+			data, _ := os.ReadFile(p.events)
+			t.Errorf("%d events %s, want one, in %s", n, want, data)
 		}
 	}
+	p.wait()
 	// Before the policy says so, nothing is told of them.
 	p = startPhased(t, irreversiblePolicy)
 	p.does("unshare -n true", "1")

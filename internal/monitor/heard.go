@@ -19,7 +19,7 @@ import (
 // hearWithin is more than a denial takes to be told, and hearEvery how often it is looked
 // for.
 const (
-	hearWithin = time.Second
+	hearWithin = 3 * time.Second
 	hearEvery  = 10 * time.Millisecond
 )
 

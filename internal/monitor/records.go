@@ -178,6 +178,9 @@ func (r *records) add(text string) {
 	if len(tags) == 0 || !ok {
 		return
 	}
+	if rec.time.Before(tags[0].since) && len(tags) < mostTags {
+		return // it was denied before the cgroup was watched
+	}
 	tag := tags[0].tag
 	for _, t := range tags {
 		if !rec.time.Before(t.since) {

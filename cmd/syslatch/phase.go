@@ -422,7 +422,11 @@ func eventLine(e phase.Event) string {
 		parts = append(parts, clean(e.To))
 	}
 	if e.Call != "" {
-		parts = append(parts, fmt.Sprintf("%d %s, first by pid %d", e.Count, clean(e.Call), e.PID))
+		denied := fmt.Sprintf("%d %s in %s", e.Count, clean(e.Call), clean(e.From))
+		if e.PID != 0 { // BPF programs don't tell
+			denied += fmt.Sprintf(", pid %d", e.PID)
+		}
+		parts = append(parts, denied)
 	}
 	if e.By != "" {
 		parts = append(parts, fmt.Sprintf("(%s, %s)", clean(string(e.Origin)), clean(e.By)))

@@ -216,14 +216,19 @@ func TestPhaseWatch(t *testing.T) {
 	all := start(t, "phase", "watch", "-o", "json", "--socket", socket)
 	interrupted := start(t, "phase", "watch", "--socket", socket)
 	s.AwaitWatchers(3)
-	s.Emit(phase.Event{Time: apitest.Time, Kind: phase.Denied, Instance: webID, Count: 2, Call: "SCMP_ARCH_X86_64 mkdir", PID: 12})
+	s.Emit(phase.Event{Time: apitest.Time, Kind: phase.Denied, Instance: webID, From: "read_only", Count: 2, Call: "SCMP_ARCH_X86_64 mkdir", PID: 12})
+	s.Emit(phase.Event{Time: apitest.Time, Kind: phase.Denied, Instance: webID, From: "read_only", Count: 3, Call: "lsm/file_open"})
 	s.Emit(phase.Event{Time: apitest.Time, Kind: phase.Refused, Instance: "run-77", From: "read_only", To: "network", Origin: phase.Inside, By: "uid 5 pid 6", Message: "\x1b[2J"})
 	s.End("run-77")
 	if code := one.end(); code != 0 || len(one.seen) != 2 || strings.ContainsRune(one.seen[0], '\x1b') ||
 		!strings.HasSuffix(one.seen[0], `  refused   run-77  read_only -> network  (inside, uid 5 pid 6)  "\x1b[2J"`) {
 		t.Errorf("exit %d: %q", code, one.seen)
 	}
-	interrupted.await("2 SCMP_ARCH_X86_64 mkdir, first by pid 12")
+	for _, want := range []string{"2 SCMP_ARCH_X86_64 mkdir in read_only, pid 12", "3 lsm/file_open in read_only"} {
+		if line := interrupted.await(want); !strings.HasSuffix(line, want) {
+			t.Errorf("%q, want it to end with %q", line, want)
+		}
+	}
 	interrupted.signal(syscall.SIGINT)
 	if code := interrupted.end(); code != 0 {
 		t.Errorf("exit %d: %q", code, interrupted.seen)

@@ -143,8 +143,11 @@ func (d *Denials) Watch(cgroup uint64, tag uint32, found func(Denial)) error {
 func (d *Denials) Tag(cgroup uint64, tag uint32) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.source == nil || d.found[cgroup] == nil {
+	switch {
+	case d.source == nil:
 		return os.ErrClosed
+	case d.found[cgroup] == nil:
+		return fmt.Errorf("cgroup %d is not watched", cgroup)
 	}
 	return d.source.watch(cgroup, tag)
 }

@@ -88,7 +88,8 @@ type Event struct {
 	// By is who asked, "uid 0 pid 123", as the kernel says it.
 	By string `json:"by,omitempty"`
 	// Call is "SCMP_ARCH_X86_64 mkdir", or the kernel's hook whose program denied it,
-	// "lsm/file_open", and then there is no PID.
+	// "lsm/file_open", and then there is no PID; "others" are what filters denied beside
+	// the calls that are told one by one.
 	Call    string `json:"call,omitempty"`
 	PID     int    `json:"pid,omitempty"`
 	Count   uint64 `json:"count,omitempty"`
